@@ -1,0 +1,172 @@
+"""Attention over the segments of a group: each gives a partial result, merged by log-sum-exp.
+
+Exact stretches go through a fused kernel; where a plane is encoded, the codec computes on its own block. Queries of one KV
+head's group are folded into rows, so keys and values are never repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvloom.core.group import Group
+from kvloom.core.rope import Rope
+from kvloom.core.run import Run
+from kvloom.core.segment import SMALL, Segment
+from kvloom.kernels import reference
+
+__all__ = ["Logits", "Visible", "as_bias", "attend", "segment_logits"]
+
+# (text index [h, n] or [1, n], heads of the group) -> [h or 1, g or 1, m, n]: bool (may row see slot) or added to the logits
+Visible = Callable[[Tensor, Group], Tensor]
+MANY = 64  # with more query rows than this, decoding a block once beats computing on its codes row by row
+
+
+@dataclass(frozen=True)
+class Logits:
+    """How a layer turns dot products into logits."""
+
+    scale: float
+    softcap: float | None = None
+    rope: Rope | None = None
+
+    def cap(self, s: Tensor) -> Tensor:
+        return s if self.softcap is None else s.div_(self.softcap).tanh_().mul_(self.softcap)
+
+
+def turned(q: Tensor, group: Group, segment: Segment, logits: Logits, length: int) -> Tensor:
+    """Queries as this segment sees them: q [h, g, m, D], rotated back by what was dropped if the class asks for it."""
+    gone = length - group.n
+    if not segment.kind.turn or gone == 0 or logits.rope is None:
+        return q
+    return logits.rope.shift(q, -gone)
+
+
+def segment_logits(q: Tensor, group: Group, segment: Segment, logits: Logits, width: int) -> Tensor:
+    """Logits [h, g, m, width] in fp32 of queries [h, g, m, D] against the first `width` slots, log-weights included."""
+    h, g, m, _ = q.shape
+    s = logits.cap(_dots(q.flatten(1, 2), segment, logits.scale, width))
+    logw = segment.column("logw")
+    if logw is not None:
+        s += logw[:, None, :width]
+    return s.unflatten(1, (g, m))
+
+
+def _dots(q: Tensor, segment: Segment, scale: float, width: int) -> Tensor:
+    parts, start = [], 0
+    for run in segment.key.runs:
+        stop = min(run.n, width - start)
+        if stop > 0:
+            whole = -(-stop // run.codec.unit) * run.codec.unit
+            parts.append(run.codec.dot(q, run.part(0, whole), run.const, scale)[..., :stop])
+        start += run.n
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _mixed(p: Tensor, segment: Segment, width: int) -> Tensor:
+    out, start = None, 0
+    for run in segment.value.runs:
+        stop = min(run.n, width - start)
+        if stop > 0:
+            whole = -(-stop // run.codec.unit) * run.codec.unit
+            weights = p[..., start : start + stop]
+            if whole > stop:
+                weights = torch.nn.functional.pad(weights, (0, whole - stop))
+            part = run.codec.mix(weights, run.part(0, whole), run.const)
+            out = part if out is None else out.add_(part)
+        start += run.n
+    assert out is not None
+    return out
+
+
+def _dense(runs: list[Run], start: int, stop: int) -> Tensor:
+    """The slots [start, stop) of one plane, decoded; a view where they lie in one exact run."""
+    parts, at = [], 0
+    for run in runs:
+        a, b = max(start - at, 0), min(stop - at, run.n)
+        if a < b:
+            unit = run.codec.unit
+            x = run.codec.decode(run.part(a // unit * unit, -(-b // unit) * unit), run.const)
+            parts.append(x[:, a % unit : a % unit + b - a])
+        at += run.n
+    return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[-1].dtype) for part in parts], 1)
+
+
+def as_bias(mask: Tensor, g: int) -> Tensor:
+    """A mask [h, g or 1, m, n], boolean or additive -> what is added to the logits, [h, g * m, n] fp32."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+    return mask.float().expand(-1, g, -1, -1).flatten(1, 2)
+
+
+def _bias(group: Group, segment: Segment, visible: Visible | None, g: int) -> Tensor | None:
+    """What is added to the logits: [h or 1, g * m or 1, n] fp32, or None."""
+    logw = segment.column("logw")
+    bias = None if logw is None else logw[:, None]
+    if visible is not None:
+        shown = as_bias(visible(segment.index, group), g)
+        bias = shown if bias is None else shown + bias
+    return bias
+
+
+def _attend_segment(
+    q: Tensor, segment: Segment, logits: Logits, bias: Tensor | None, emit: bool
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+    """q [h, R, D] -> partial results over the stored slots and, if asked for, the logits [h, R, n]."""
+    n, coded = segment.n, segment.frozen
+    if q.shape[1] > MANY:
+        k, v = _dense(segment.key.runs, 0, n).to(q.dtype), _dense(segment.value.runs, 0, n).to(q.dtype)
+        plain = logits.softcap is None and (bias is None or bias.shape[1] == 1)
+        if plain:
+            return [reference.dense(q, k, v, logits.scale, bias=bias)], None
+        return [reference.blocked(q, k, v, logits.scale, False, bias, logits.softcap)], None
+    parts: list[tuple[Tensor, Tensor]] = []
+    by_hand = emit or logits.softcap is not None or bias is not None or 0 < n - coded <= SMALL and coded > 0
+    split, s = n if by_hand else coded, None
+    if split:
+        s = logits.cap(_dots(q, segment, logits.scale, split))
+        if bias is not None:
+            s += bias[..., :split]
+        p, lse = reference.finish(s.clone() if emit else s)
+        p /= p.sum(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+        parts.append((_mixed(p, segment, split), lse))
+    for start, stop in _stretches(segment, split):
+        k, v = _dense(segment.key.runs, start, stop), _dense(segment.value.runs, start, stop)
+        parts.append(reference.dense(q, k, v, logits.scale))
+    return parts, s if emit else None
+
+
+def _stretches(segment: Segment, start: int) -> list[tuple[int, int]]:
+    """The exact slots from `start` on, cut where a run of either plane ends, so that each is one view."""
+    ends = {segment.n}
+    for runs in (segment.key.runs, segment.value.runs):
+        at = 0
+        for run in runs:
+            at += run.n
+            ends.add(at)
+    borders = [start, *sorted(end for end in ends if end > start)]
+    return list(zip(borders, borders[1:], strict=False))
+
+
+def attend(
+    q: Tensor, group: Group, logits: Logits, length: int, visible: Visible | None = None, emit: bool = False
+) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Attention of q [h, g, m, D] over all that a group holds.
+
+    Returns partial results (out [h, g * m, Dv], lse [h, g * m]) for `reference.merge`, and with `emit` each class's logits
+    [h, g * m, n]. `visible` hides slots from rows; without it every row sees every slot. `length`: tokens seen so far.
+    """
+    g = q.shape[1]
+    parts, emitted = [], {}
+    for name, segment in group.segments.items():
+        if segment.n:
+            turned_q = turned(q, group, segment, logits, length).flatten(1, 2)
+            bias = _bias(group, segment, visible, g)
+            found, s = _attend_segment(turned_q, segment, logits, bias, emit)
+            parts += found
+            if s is not None:
+                emitted[name] = s
+    return parts, emitted

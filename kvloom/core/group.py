@@ -1,0 +1,100 @@
+"""KV heads of one layer that hold equally many slots of every class.
+
+A layer starts as one group of all its heads. Where a policy leaves its heads with unequal counts, the group splits, so that
+everything inside a group stays a plain [h, n] rectangle and unequal heads still free their bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kvloom.core.run import Buffer
+from kvloom.core.segment import Kind, Segment
+
+__all__ = ["Group", "Table"]
+
+
+class Group:
+    """Some KV heads of a layer and their segments, by class name. `heads` is None while the group holds all of them."""
+
+    def __init__(self, kinds: dict[str, Kind], heads: Tensor | None = None) -> None:
+        self.heads = heads
+        self.segments = {name: Segment(kind) for name, kind in kinds.items()}
+
+    def __iter__(self) -> Iterator[Segment]:
+        """The segments that hold slots."""
+        return (segment for segment in self.segments.values() if segment.n)
+
+    @property
+    def n(self) -> int:
+        """Slots that each head holds."""
+        return sum(segment.n for segment in self.segments.values())
+
+    def pick(self, x: Tensor) -> Tensor:
+        """The group's heads out of x [H, ...]."""
+        return x if self.heads is None else x[self.heads]
+
+    def split(self, which: list[Tensor]) -> list[Group]:
+        """One group for each list of positions among this group's heads."""
+        groups = []
+        for at in which:
+            twin = Group({name: segment.kind for name, segment in self.segments.items()})
+            twin.heads = at if self.heads is None else self.heads[at]
+            for name, segment in self.segments.items():
+                twin.segments[name] = segment.of_heads(at)
+            groups.append(twin)
+        return groups
+
+    def fork(self) -> Group:
+        """A group that shares this one's bytes until one of the two writes."""
+        twin = Group({}, self.heads)
+        twin.segments = {name: segment.fork() for name, segment in self.segments.items()}
+        return twin
+
+
+class Table:
+    """The slots of some classes of a group side by side, as a policy sees them: n slots of each of h heads."""
+
+    def __init__(self, group: Group, over: tuple[str, ...], device: torch.device) -> None:
+        self.group, self.over, self.device = group, over, device
+        self.parts = [(name, group.segments[name]) for name in over if group.segments[name].n]
+        self.n = sum(segment.n for _, segment in self.parts)
+
+    @property
+    def index(self) -> Tensor:
+        """Place in the text of every slot, [h, n] or [1, n] int32."""
+        parts = [segment.index for _, segment in self.parts]
+        rows = max(len(part) for part in parts)
+        return parts[0] if len(parts) == 1 else torch.cat([part.expand(rows, -1) for part in parts], 1)
+
+    def column(self, name: str, heads: int) -> Tensor:
+        """A column of every slot, [h, n] fp32; zeros where a class does not carry it."""
+        parts = []
+        for _, segment in self.parts:
+            held = segment.column(name)
+            blank = torch.zeros((), device=self.device) if held is None else held
+            parts.append(blank.expand(heads, segment.n))
+        return torch.cat(parts, 1)
+
+    def store(self, name: str, x: Tensor) -> None:
+        """Writes a column x [h, n] back to the classes of the table."""
+        start = 0
+        for _, segment in self.parts:
+            segment.cols[name] = Buffer(x[:, start : start + segment.n])
+            start += segment.n
+
+    def units(self) -> list[tuple[int, int, int]]:
+        """(start, stop, unit) of the stretches of the table whose slots are freed `unit` at a time, unit > 1."""
+        out, start = [], 0
+        for _, segment in self.parts:
+            frozen = max(
+                segment.key.frozen if segment.kind.key.unit > 1 else 0,
+                segment.value.frozen if segment.kind.value.unit > 1 else 0,
+            )
+            if frozen:
+                out.append((start, start + frozen, segment.kind.unit))
+            start += segment.n
+        return out

@@ -1,0 +1,229 @@
+"""One layer of one sequence: groups of KV heads, what they hold, and one forward of new rows through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvloom.core import settle
+from kvloom.core.attention import Logits, Visible, as_bias, attend
+from kvloom.core.group import Group
+from kvloom.core.recipe import Phase, Recipe
+from kvloom.core.rows import Rows
+from kvloom.core.site import Site
+from kvloom.core.step import Step
+from kvloom.errors import CacheError
+from kvloom.kernels import reference
+
+__all__ = ["Layer"]
+
+
+@dataclass
+class _Pending:
+    """Rows that are stored but not yet settled. q [H, g, m, D], lse [H, g, m], text index of the first row."""
+
+    q: Tensor
+    lse: Tensor
+    first: int
+    phase: Phase
+    logits: Logits
+    seen: list[dict[str, Tensor]] | None
+
+
+class Layer:
+    """What one sequence holds in one layer.
+
+    `length`: tokens seen; `prompt`: how many of them were prompt; `dropped_at`: the length when a slot was last given up;
+    `defer`: drafts are pending, so nothing lossy happens before the next `truncate` or forward.
+    """
+
+    def __init__(self, site: Site, recipe: Recipe) -> None:
+        self.site, self.recipe = site, recipe
+        self.groups = [Group(dict(recipe.kinds))]
+        self.length = self.prompt = self.dropped_at = 0
+        self.recent: Tensor | None = None
+        self.defer = False
+        self._pending: _Pending | None = None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, logits: Logits, visible: Visible | None, sinks: Tensor | None
+    ) -> Tensor:
+        """Attends new rows to themselves, exactly, and to all that is stored; stores them; settles unless deferred.
+
+        q [Hq, m, D], k [H, m, D], v [H, m, Dv], post-RoPE. `visible`: the mask where it is more than causal, asked with
+        the text index of slots. `sinks` [Hq]: logits that take part in the softmax without a value. Returns [Hq, m, Dv].
+        """
+        self.resolve()
+        m, first = q.shape[1], self.length
+        phase: Phase = "prompt" if first == 0 or (m > 1 and not self.defer) else "decode"
+        policy = self.recipe.policy.get(phase)
+        queries = 0 if policy is None or policy.score is None else policy.score.queries
+        emit = queries < 0 and m == 1 and first > 0 and not self.defer
+        out, lse, seen = self._attend(q, Rows(k, v, first), logits, visible, emit)
+        if sinks is not None:
+            total = torch.logaddexp(lse, sinks.float()[:, None])
+            out, lse = out.float() * (lse - total).exp_()[..., None], total
+        self.length += m
+        self.prompt += m if phase == "prompt" else 0
+        folded = q.unflatten(0, (k.shape[0], -1))
+        self._remember(folded)
+        if emit:
+            for group, logs in zip(self.groups, seen, strict=True):
+                for s in logs.values():
+                    s.sub_(group.pick(lse.unflatten(0, (k.shape[0], -1)))).exp_()
+        if policy is not None or self.defer or self._codes:
+            rows = folded if queries < 0 and not emit or self._fits else folded[:, :, :0]
+            held = lse.unflatten(0, (k.shape[0], -1)) if queries < 0 else lse[:, :0].unflatten(0, (k.shape[0], -1))
+            self._pending = _Pending(rows, held, first, phase, logits, seen if emit else None)
+            if not self.defer:
+                self.resolve()
+        return out.to(q.dtype)
+
+    @property
+    def _codes(self) -> bool:
+        return any(not kind.exact for kind in self.recipe.kinds.values())
+
+    @property
+    def _fits(self) -> bool:
+        """Whether a codec still has to take its constants from the rows at hand."""
+        return self.length == self.prompt and any(
+            plane.codec.fits and not plane.const
+            for group in self.groups
+            for segment in group.segments.values()
+            for plane in (segment.key, segment.value)
+        )
+
+    def _attend(
+        self, q: Tensor, rows: Rows, logits: Logits, visible: Visible | None, emit: bool
+    ) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
+        """out [Hq, m, Dv], lse [Hq, m] fp32, and with `emit` the logits of each group's classes, [h, g, n]."""
+        m, past = q.shape[1], any(group.n for group in self.groups)
+        alone = m == 1 and visible is None
+        fresh = None
+        if not alone or not past:
+            fresh = self._itself(q, rows, logits, visible)
+        if fresh is None or not past:
+            self._append(rows)
+            if fresh is not None:
+                return (*fresh, [])
+        found, seen = [], []
+        folded = q.unflatten(0, (rows.k.shape[0], -1))
+        for group in self.groups:
+            parts, logs = attend(group.pick(folded), group, logits, self.length + alone, visible, emit)
+            if fresh is not None:
+                parts.append(tuple(group.pick(x.unflatten(0, (rows.k.shape[0], -1))).flatten(1, 2) for x in fresh))
+            found.append(reference.merge(parts))
+            seen.append(logs)
+        if fresh is not None:
+            self._append(rows)
+        out, lse = self._gather([x for x, _ in found]), self._gather([x for _, x in found])
+        return out.reshape(*q.shape[:2], -1), lse.reshape(q.shape[:2]), seen
+
+    def _itself(self, q: Tensor, rows: Rows, logits: Logits, visible: Visible | None) -> tuple[Tensor, Tensor]:
+        """Attention of the new rows among themselves."""
+        if visible is None and logits.softcap is None:
+            return reference.dense(q, rows.k, rows.v, logits.scale, causal=True)
+        bias = None
+        if visible is not None:
+            g, m = self.site.group, q.shape[1]
+            bias = as_bias(visible(rows.where, Group({})), g)  # [h or 1, g * m, n]
+            bias = bias.unflatten(1, (g, m)).expand(rows.k.shape[0], -1, -1, -1).flatten(0, 1)
+        return reference.blocked(q, rows.k, rows.v, logits.scale, visible is None, bias, logits.softcap)
+
+    def _gather(self, parts: list[Tensor]) -> Tensor:
+        """Results by group -> [H, ...] in the layer's order of heads."""
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.cat([group.heads for group in self.groups if group.heads is not None])
+        return torch.cat(parts)[order.argsort()]
+
+    def _append(self, rows: Rows) -> None:
+        for group in self.groups:
+            group.segments["main"].append(rows if group.heads is None else rows.heads(group.heads))
+
+    def _remember(self, q: Tensor) -> None:
+        """Keeps the newest queries [H, g, w, D] that a scorer of any phase looks at."""
+        scores = [p.score for p in self.recipe.policy.values() if p.score is not None]
+        window = max((score.queries for score in scores), default=0)
+        if window > 0:
+            q = q if self.recent is None else torch.cat([self.recent, q[:, :, -window:]], 2)
+            self.recent = q[:, :, -window:].clone()
+
+    def resolve(self) -> None:
+        """Settles the rows of the last forward."""
+        rows, self._pending = self._pending, None
+        if rows is None:
+            return
+        policy = self.recipe.policy.get(rows.phase)
+        groups = []
+        for i, group in enumerate(self.groups):
+            step = Step(
+                self.site, rows.phase, group, self.recipe.classes, group.pick(rows.q), group.pick(rows.lse), rows.first,
+                self.length, self.prompt, rows.logits, None if self.recent is None else group.pick(self.recent),
+                rows.seen[i] if rows.seen else None,
+            )  # fmt: skip
+            settle.fit(step)
+            before = group.n
+            after = [group] if policy is None else settle.place(step, policy)
+            if any(each.n < before for each in after):
+                self.dropped_at = self.length
+            groups += after
+        self.groups = groups
+        for group in groups:
+            settle.freeze(group)
+
+    def truncate(self, length: int) -> None:
+        """Forgets the tokens from `length` on, then settles what had been deferred.
+
+        Raises CacheError if slots were given up since: what is left would not be what a shorter text leaves.
+        """
+        if length < self.length:
+            if length < self.dropped_at:
+                raise CacheError(
+                    f"cannot crop to {length} tokens: {self.recipe.name} has dropped tokens at length {self.dropped_at}. "
+                    "Keep a copy.deepcopy of the cache from before, or crop less."
+                )
+            gone = self.length - length
+            for group in self.groups:
+                for segment in group:
+                    segment.truncate(length)
+            if self.recent is not None:
+                self.recent = self.recent[:, :, : max(0, self.recent.shape[2] - gone)].clone()
+            self.length, self.prompt = length, min(self.prompt, length)
+            if self._pending is not None:
+                left = max(0, length - self._pending.first)
+                self._pending.q, self._pending.lse = self._pending.q[:, :, :left], self._pending.lse[:, :, :left]
+        self.resolve()
+
+    def fork(self) -> Layer:
+        """A layer that shares the stored slots until one of the two writes."""
+        self.resolve()
+        twin = Layer(self.site, self.recipe)
+        twin.groups = [group.fork() for group in self.groups]
+        twin.length, twin.prompt, twin.dropped_at = self.length, self.prompt, self.dropped_at
+        twin.recent, twin.defer = self.recent, self.defer
+        return twin
+
+    def tensors(self) -> Iterator[tuple[str, str, str, Tensor, int]]:
+        """(class, plane, field, storage tensor, bytes in use) of everything held."""
+        for group in self.groups:
+            if group.heads is not None:
+                yield "heads", "", "index", group.heads, group.heads.nbytes
+            for name, segment in group.segments.items():
+                for which, plane in (("key", segment.key), ("value", segment.value)):
+                    for run in plane.runs:
+                        for part, buffer in run.fields.items():
+                            label = "exact" if run.codec.exact else part
+                            yield name, which, label, buffer.data, buffer.used
+                    for part, x in plane.const.items():
+                        yield name, which, part, x, x.nbytes
+                for column, buffer in segment.cols.items():
+                    yield name, "column", column, buffer.data, buffer.used
+        if self.recent is not None:
+            yield "", "state", "queries", self.recent, self.recent.nbytes
+        if self._pending is not None:
+            for x in (self._pending.q, self._pending.lse):
+                yield "", "state", "pending", x, x.nbytes

@@ -1,0 +1,190 @@
+"""A recipe: how slots are placed (policies) and how each class of slots is stored (kinds), and how two recipes compose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from torch import Tensor
+
+from kvloom.core.codec import Scope
+from kvloom.core.segment import Kind
+from kvloom.errors import RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kvloom.core.group import Table
+    from kvloom.core.site import Site
+    from kvloom.core.step import Step
+
+__all__ = ["DROP", "Budget", "Phase", "Placement", "Policy", "Recipe", "Scorer"]
+
+Phase = Literal["prompt", "decode"]
+DROP = -1
+SCOPES: tuple[Scope, ...] = ("head", "layer", "group", "model")
+
+
+class Scorer(Protocol):
+    """Importance of every slot of a table: [h, n] fp32, larger is kept longer.
+
+    `queries`: how many of the newest queries it looks at (0: none, -1: all of this forward).
+    """
+
+    queries: int
+
+    def __call__(self, step: Step, table: Table) -> Tensor: ...
+
+
+class Budget(Protocol):
+    """How many slots each head of a layer may keep."""
+
+    def __call__(self, step: Step) -> int | None: ...
+
+    def check(self, least: int) -> None:
+        """Raises RecipeError if fewer than `least` slots would be kept."""
+
+    def bind(self, recipe: Recipe, sites: list[Site]) -> Budget:
+        """The same budget in tokens, where it was given in bytes of a whole sequence."""
+
+
+class Placement(Protocol):
+    """Scores and budget -> the class of every slot: long [h, n], an index into `step.classes`, or DROP.
+
+    `scope`: what must leave together ("head": each head drops its own slots; "layer": all heads drop the same).
+    `moves`: classes that slots are moved to. `least`: slots that are always kept.
+    """
+
+    scope: Scope
+    moves: tuple[str, ...]
+
+    @property
+    def least(self) -> int: ...
+
+    def __call__(self, step: Step, table: Table, scores: Tensor | None, budget: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What happens to the slots of the classes `over` when a layer settles.
+
+    `every`: wait until that many are over budget. `sorts`: also once after the first forward, whatever the budget.
+    """
+
+    budget: Budget
+    place: Placement
+    score: Scorer | None = None
+    over: tuple[str, ...] = ("main",)
+    every: int = 1
+    sorts: bool = False
+
+
+def _main() -> dict[str, Kind]:
+    return {"main": Kind()}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named composition. New tokens enter the class "main"; `policy` moves or drops slots, `kinds` says how each is stored.
+
+    `check(site)` raises where a layer can't be served. `prepare(model)` gives the recipe what it needs of a model, such as
+    a profile.
+    """
+
+    name: str
+    policy: Mapping[str, Policy] = field(default_factory=dict)
+    kinds: Mapping[str, Kind] = field(default_factory=_main)
+    check: Callable[[Site], None] | None = None
+    prepare: Callable[[PreTrainedModel], Recipe] | None = None
+
+    def __or__(self, other: Recipe) -> Recipe:
+        return compose(self, other)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.kinds)
+
+    @property
+    def drops(self) -> bool:
+        """Whether some slots are given up."""
+        return bool(self.policy)
+
+    def bind(self, sites: list[Site]) -> Recipe:
+        """Checks every layer and turns budgets in bytes into tokens. Raises RecipeError or ModelError."""
+        for site in sites:
+            if self.check:
+                self.check(site)
+            for kind in self.kinds.values():
+                kind.key.check(site, "key")
+                kind.value.check(site, "value")
+        policy = {phase: replace(p, budget=p.budget.bind(self, sites)) for phase, p in self.policy.items()}
+        return replace(self, policy=policy)
+
+    def nbytes(self, site: Site, held: Mapping[str, int]) -> int:
+        """Bytes of one sequence in one layer that holds `held[class]` slots of each head, without empty room.
+
+        Columns: a place in the text (4 bytes) for each slot of a class that slots leave, and 4 bytes for each number
+        that a scorer keeps.
+        """
+        total = 0
+        for name, n in held.items():
+            kind = self.kinds[name]
+            for codec, tail, dim in (
+                (kind.key, kind.key_tail, site.key_dim),
+                (kind.value, kind.value_tail, site.value_dim),
+            ):
+                frozen = 0 if codec.exact else tail.due(n)
+                total += codec.nbytes(frozen, dim, site.itemsize) + (n - frozen) * dim * site.itemsize
+            total += 4 * n * self.columns(name)
+        return total * site.kv_heads
+
+    def columns(self, name: str) -> int:
+        """How many 4-byte columns each slot of the class carries once slots have left."""
+        if not self.policy:
+            return 0
+        kept = max((getattr(p.score, "columns", 0) for p in self.policy.values() if name in p.over), default=0)
+        return 1 + kept + self.kinds[name].fold
+
+
+def compose(a: Recipe, b: Recipe) -> Recipe:
+    """`a | b`: what one leaves open, the other fills. Raises RecipeError where both claim the same thing."""
+    name = f"{a.name} | {b.name}"
+    if a.policy and b.policy:
+        raise RecipeError(
+            f"{name}: both {a.name} and {b.name} decide which tokens to keep. "
+            "Compose one placement with one codec, for example 'snapkv(budget=1024) | kivi(bits=4)'."
+        )
+    placed, stored = (b, a) if b.policy or not a.policy and len(b.kinds) > 1 else (a, b)
+    mine, its = placed.kinds["main"], stored.kinds["main"]
+    if not mine.exact and not its.exact:
+        raise RecipeError(f"{name}: both {a.name} and {b.name} decide how kept tokens are stored. Keep one of them.")
+    main = mine if its.exact else replace(its, turn=mine.turn)
+    kinds = {**stored.kinds, **placed.kinds, "main": main}
+    for phase, policy in placed.policy.items():
+        wide = max((main.key.scope, main.value.scope), key=SCOPES.index)
+        if SCOPES.index(policy.place.scope) < SCOPES.index(wide):
+            raise RecipeError(
+                f"{name}: {placed.name} drops tokens per {policy.place.scope}, but {stored.name} encodes a whole "
+                f"{wide} together. Use a codec that encodes per {policy.place.scope}, or a placement for whole {wide}s."
+            )
+        coded = [to for to in policy.place.moves if not kinds[to].exact]
+        if coded and not main.exact:
+            raise RecipeError(
+                f"{name}: in the {phase} phase {placed.name} would encode a second time what {stored.name} has "
+                f"already encoded (class {coded[0]!r}). Use {placed.name} alone, or {stored.name} alone."
+            )
+    checks = [r.check for r in (a, b) if r.check]
+
+    def check(site: Site) -> None:
+        for each in checks:
+            each(site)
+
+    def prepare(model: PreTrainedModel) -> Recipe:
+        left, right = (r.prepare(model) if r.prepare else r for r in (a, b))
+        return left | right
+
+    return Recipe(name, placed.policy, kinds, check, prepare if a.prepare or b.prepare else None)

@@ -1,0 +1,100 @@
+"""A run: consecutive slots of one plane, stored by one codec, in buffers that grow with little empty room."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvloom.core.codec import Block, Codec, Const
+
+__all__ = ["Buffer", "Run"]
+
+ROOM = 64  # slots of empty room that a growing buffer asks for ...
+SHARE = 20  # ... or one slot in this many, where that is more: 5 % of the buffer
+
+
+class Buffer:
+    """A tensor [h, n, ...] that grows along dim 1."""
+
+    __slots__ = ("data", "n", "start")
+
+    def __init__(self, first: Tensor) -> None:
+        self.start = self.n = 0
+        self.data = first[:, :0]
+        self.append(first)
+
+    def append(self, x: Tensor) -> None:
+        """Adds x [h, m, ...] behind the last row."""
+        end = self.start + self.n + x.shape[1]
+        if end > self.data.shape[1]:
+            held, self.start = self.view, 0
+            end = self.n + x.shape[1]
+            shape = (x.shape[0], end + max(ROOM, end // SHARE), *x.shape[2:])
+            self.data = x.new_empty(shape)
+            self.data[:, : self.n] = held
+        self.data[:, end - x.shape[1] : end] = x
+        self.n = end - self.start
+
+    def drop_front(self, rows: int) -> None:
+        """Forgets the first rows; their room is used again when the buffer next grows."""
+        self.start += rows
+        self.n -= rows
+
+    @property
+    def view(self) -> Tensor:
+        return self.data[:, self.start : self.start + self.n]
+
+    @property
+    def used(self) -> int:
+        """Bytes of the rows held."""
+        return self.view.nbytes
+
+
+def gather(x: Tensor, rows: Tensor) -> Tensor:
+    """x [h, n, ...] (or [1, n, ...]), rows [h, r] -> [h, r, ...]; a copy."""
+    heads = torch.arange(rows.shape[0], device=x.device)[:, None]
+    return x.expand(rows.shape[0], *x.shape[1:])[heads, rows]
+
+
+class Run:
+    """Slots of one plane under one codec. A sealed run is shared by forks and never written again."""
+
+    def __init__(self, codec: Codec, block: Block, const: Const) -> None:
+        self.codec, self.const, self.sealed = codec, const, False
+        self.fields = {name: Buffer(x) for name, x in block.items()}
+
+    @property
+    def n(self) -> int:
+        name, per = next(iter(self.codec.per.items()))
+        return self.fields[name].n * per
+
+    @property
+    def block(self) -> Block:
+        return {name: buffer.view for name, buffer in self.fields.items()}
+
+    def append(self, block: Block) -> None:
+        for name, x in block.items():
+            self.fields[name].append(x)
+
+    def part(self, start: int, stop: int) -> Block:
+        """Views of the slots [start, stop), which must fall on unit borders."""
+        return {n: b.view[:, start // self.codec.per[n] : stop // self.codec.per[n]] for n, b in self.fields.items()}
+
+    def decode(self) -> Tensor:
+        return self.codec.decode(self.block, self.const)
+
+    def take(self, slots: Tensor) -> Run:
+        """A new run of the slots [h, r]: whole units, in ascending order."""
+        block = {}
+        for name, x in self.block.items():
+            per = self.codec.per[name]
+            block[name] = gather(x, slots[:, ::per] // per if per > 1 else slots)
+        return Run(self.codec, block, self.const)
+
+    def heads(self, heads: Tensor) -> Run:
+        """A new run of some of the heads."""
+        const = {name: x[heads] for name, x in self.const.items()}
+        return Run(self.codec, {name: x[heads] for name, x in self.block.items()}, const)
+
+    def copy(self) -> Run:
+        return Run(self.codec, self.block, self.const)

@@ -1,0 +1,326 @@
+"""A segment: one class of slots of a group of KV heads that hold equally many, as a key plane and a value plane.
+
+The two planes may freeze at different times (KIVI freezes keys 128 at a time and values one by one), so each is a list of
+runs: frozen ones first, the exact tail last. Slot i is the i-th of both planes and of every column.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvloom.core.codec import Codec, Const, Exact, Plane
+from kvloom.core.rows import Rows
+from kvloom.core.run import Buffer, Run, gather
+
+__all__ = ["EXACT", "Kind", "Segment", "Tail"]
+
+EXACT = Exact()
+SMALL = 256  # a sealed run below this many slots is copied when it grows again; a longer one is left shared
+
+
+@dataclass(frozen=True)
+class Tail:
+    """When a plane freezes: `every` slots at a time, of those older than the newest `keep`."""
+
+    every: int = 1
+    keep: int = 0
+
+    def due(self, n: int) -> int:
+        """How many of n exact slots are to be frozen now."""
+        return max(0, n - self.keep) // self.every * self.every
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one class of slots is stored. `fold`: what arrives is merged into one slot per head.
+
+    `turn`: the class keeps its distance to the newest tokens as if nothing between had been dropped, by rotating the
+    query (StreamingLLM's positions inside the cache).
+    """
+
+    key: Codec = EXACT
+    value: Codec = EXACT
+    key_tail: Tail = Tail()
+    value_tail: Tail = Tail()
+    fold: bool = False
+    turn: bool = False
+
+    @property
+    def exact(self) -> bool:
+        return self.key.exact and self.value.exact
+
+    @property
+    def unit(self) -> int:
+        """Slots that are freed together once frozen."""
+        return max(self.key.unit, self.value.unit)
+
+    def frozen(self, n: int) -> tuple[int, int]:
+        """Slots of the key plane and of the value plane that are encoded when n are held."""
+        keys = 0 if self.key.exact else self.key_tail.due(n)
+        return keys, 0 if self.value.exact else self.value_tail.due(n)
+
+
+class _Plane:
+    """The runs of keys or of values."""
+
+    def __init__(self, codec: Codec, tail: Tail, which: Plane) -> None:
+        self.codec, self.rule, self.which = codec, tail, which
+        self.const: Const = {}
+        self.runs: list[Run] = []
+
+    @property
+    def n(self) -> int:
+        return sum(run.n for run in self.runs)
+
+    @property
+    def frozen(self) -> int:
+        return sum(run.n for run in self.runs if not run.codec.exact)
+
+    def append(self, codec: Codec, x: Tensor) -> None:
+        """Encodes x [h, m, D] and puts it behind the last run of that codec."""
+        block = codec.encode(x, self.const)
+        at = next((i for i in reversed(range(len(self.runs))) if self.runs[i].codec is codec), None)
+        if at is not None and self.runs[at].sealed and self.runs[at].n < SMALL:
+            self.runs[at] = self.runs[at].copy()  # a short run that a fork shares: cheaper to copy than to attend apart
+        if at is not None and not self.runs[at].sealed:
+            self.runs[at].append(block)
+        else:
+            fresh = Run(codec, block, {} if codec.exact else self.const)
+            self.runs.insert(len(self.runs) if codec is EXACT else self._frozen_runs(), fresh)
+
+    def _frozen_runs(self) -> int:
+        return sum(not run.codec.exact for run in self.runs)
+
+    def settle(self) -> None:
+        """Freezes what is due. Nothing is ever encoded twice."""
+        if self.codec.exact:
+            return
+        tail = [run for run in self.runs if run.codec.exact]
+        due = self.rule.due(sum(run.n for run in tail))
+        if not due:
+            return
+        if len(tail) > 1 or tail[0].sealed:
+            exact = torch.cat([run.decode() for run in tail], 1)
+            self.runs = [run for run in self.runs if not run.codec.exact]
+            self.append(EXACT, exact)
+            tail = self.runs[-1:]
+        self.append(self.codec, tail[0].decode()[:, :due])
+        if due == tail[0].n:
+            self.runs.remove(tail[0])
+        else:
+            tail[0].fields["x"].drop_front(due)
+
+    def take(self, slots: Tensor) -> None:
+        """Keeps the slots [h, r], ascending and, in frozen runs, in whole units; heads keep equally many per run."""
+        kept, start = [], 0
+        for run in self.runs:
+            here = (slots >= start) & (slots < start + run.n)
+            count = int(here[0].sum())
+            if count == run.n:
+                kept.append(run)
+            elif count:
+                kept.append(run.take(slots[here].unflatten(0, (len(slots), count)) - start))
+            start += run.n
+        self.runs = kept
+
+    def rows(self, slots: Tensor) -> Tensor:
+        """The slots [h, r], decoded: [h, r, D]."""
+        if len(self.runs) == 1 and self.runs[0].codec.exact:
+            return gather(self.runs[0].decode(), slots)
+        parts, start = [], 0
+        for run in self.runs:
+            here = (slots >= start) & (slots < start + run.n)
+            if run.codec.exact:
+                x = gather(run.decode(), (slots - start).clamp(0, run.n - 1))
+            else:  # decode only the units that are asked for
+                unit = run.codec.unit
+                span = ((slots - start).clamp(0, run.n - 1) // unit)[..., None] * unit
+                whole = (span + torch.arange(unit, device=slots.device)).flatten(1)
+                x = run.take(whole).decode().unflatten(1, (-1, unit))
+                offset = (slots - start).clamp(0, run.n - 1) % unit
+                x = x.gather(2, offset[..., None, None].expand(-1, -1, 1, x.shape[-1]))[:, :, 0]
+            parts.append((here, x))
+            start += run.n
+        out = parts[0][1]
+        for here, x in parts[1:]:
+            out = torch.where(here[..., None], x, out)
+        return out
+
+    @property
+    def writable(self) -> bool:
+        return len(self.runs) == 1 and self.runs[0].codec.exact and not self.runs[0].sealed
+
+
+class Segment:
+    """Slots of one class of one head group. `start` is the text index of slot 0 while the slots are consecutive."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+        self.key = _Plane(kind.key, kind.key_tail, "key")
+        self.value = _Plane(kind.value, kind.value_tail, "value")
+        self.cols: dict[str, Buffer] = {}
+        self.n, self.start = 0, 0
+
+    @property
+    def frozen(self) -> int:
+        """Slots of which at least one plane is encoded."""
+        return max(self.key.frozen, self.value.frozen)
+
+    @property
+    def index(self) -> Tensor:
+        """Text index of every slot, [h, n] or [1, n] int32."""
+        if "index" in self.cols:
+            return self.cols["index"].view
+        return torch.arange(self.start, self.start + self.n, dtype=torch.int32, device=self._store.device)[None]
+
+    @property
+    def _store(self) -> Tensor:
+        return next(iter(self.key.runs[0].fields.values())).data
+
+    @property
+    def heads(self) -> int:
+        """KV heads that the segment holds; it must hold slots."""
+        return self._store.shape[0]
+
+    def column(self, name: str) -> Tensor | None:
+        return self.cols[name].view if name in self.cols else None
+
+    def append(self, rows: Rows) -> None:
+        """Adds slots, exact until the next `settle`."""
+        m = rows.n
+        if m == 0:
+            return
+        if self.kind.fold:
+            rows = self._folded(rows)
+            m = 1
+        if self.n == 0 and isinstance(rows.index, int):
+            self.start = rows.index
+        elif not isinstance(rows.index, int) or rows.index != self.start + self.n or "index" in self.cols:
+            self._column("index", self.index if self.n else rows.where[:, :0])
+            self._extend("index", rows.where)
+        for name in (self.cols.keys() | rows.cols.keys()) - {"index"}:
+            if name not in self.cols:
+                self._column(name, rows.cols[name].new_zeros((rows.cols[name].shape[0], self.n)))
+            self._extend(name, rows.cols.get(name, self.cols[name].data.new_zeros((1, m))))
+        self.key.append(EXACT, rows.k)
+        self.value.append(EXACT, rows.v)
+        self.n += m
+
+    def _column(self, name: str, first: Tensor) -> None:
+        if name not in self.cols:
+            self.cols[name] = Buffer(first)
+
+    def _extend(self, name: str, x: Tensor) -> None:
+        held = self.cols[name]
+        if held.data.shape[0] == 1 and x.shape[0] > 1:
+            held = self.cols[name] = Buffer(held.view.expand(x.shape[0], -1))
+        held.append(x.to(held.data.dtype).expand(held.data.shape[0], -1))
+
+    def _folded(self, rows: Rows) -> Rows:
+        if self.n:
+            held = self.read(torch.zeros(rows.k.shape[0], 1, dtype=torch.long, device=rows.k.device))
+            rows = held.cat(rows)
+            self.clear()
+        return rows.mean()
+
+    def clear(self) -> None:
+        """Drops all slots and frees their bytes."""
+        self.key.runs, self.value.runs, self.cols, self.n = [], [], {}, 0
+
+    def read(self, slots: Tensor) -> Rows:
+        """The slots [h, r] as rows, keys and values decoded."""
+        index = self.index
+        cols = {c: gather(b.view, slots) for c, b in self.cols.items() if c != "index"}
+        return Rows(self.key.rows(slots), self.value.rows(slots), gather(index, slots), cols)
+
+    def keep(self, slots: Tensor) -> None:
+        """Drops all but the slots [h, r] (ascending; whole units where frozen) and frees their bytes."""
+        if slots.shape[1] == self.n:
+            return
+        if slots.shape[1] == 0:
+            self.clear()
+            return
+        gone = self.n - slots.shape[1]
+        if gone * 8 <= self.n and self.key.writable and self.value.writable:
+            self._fill_holes(slots)
+            return
+        self._column("index", self.index)
+        for name, buffer in self.cols.items():
+            self.cols[name] = Buffer(gather(buffer.view, slots))
+        self.key.take(slots)
+        self.value.take(slots)
+        self.n = slots.shape[1]
+
+    def _fill_holes(self, slots: Tensor) -> None:
+        """Few slots leave an exact segment: the last ones move into the holes, O(dropped) instead of O(held)."""
+        h, left = slots.shape
+        kept = torch.zeros(h, self.n, dtype=torch.bool, device=slots.device).scatter_(1, slots, True)
+        self._column("index", self.index)
+        for name, buffer in self.cols.items():
+            if buffer.data.shape[0] != h:
+                self.cols[name] = Buffer(buffer.view.expand(h, -1))
+        # Holes among the first `left` slots and survivors behind them are equally many, but how many differs by head:
+        # both lists are padded with the first slot behind the cut, which nobody reads any more.
+        gone = self.n - left
+        found, hole = (~kept[:, :left]).byte().topk(gone, -1)
+        hole = torch.where(found.bool(), hole, left)
+        found, late = kept[:, left:].byte().topk(gone, -1)
+        late = torch.where(found.bool(), late + left, left)
+        rows = self.read(late)
+        heads = torch.arange(h, device=slots.device)[:, None]
+        for x, run in ((rows.k, self.key.runs[0]), (rows.v, self.value.runs[0])):
+            run.fields["x"].view[heads, hole] = x
+            run.fields["x"].n = left
+        for name, x in {**rows.cols, "index": rows.where}.items():
+            self.cols[name].view[heads, hole] = x
+            self.cols[name].n = left
+        self.n = left
+
+    def settle(self) -> None:
+        """Freezes what is due in both planes."""
+        self.key.settle()
+        self.value.settle()
+
+    def truncate(self, length: int) -> None:
+        """Drops slots whose text index is `length` or more. A unit that is cut in half keeps its dead slots, hidden."""
+        index = self.index
+        stay = index < length
+        if bool(stay.all()):
+            return
+        frozen = max(p.frozen if p.codec.unit > 1 else 0 for p in (self.key, self.value))
+        unit = self.kind.unit
+        if frozen and bool((~stay[:, :frozen]).any()):
+            whole = stay[:, :frozen].unflatten(1, (-1, unit)).any(-1).repeat_interleave(unit, 1)
+            dead = whole & ~stay[:, :frozen]
+            if bool(dead.any()):
+                logw = self.column("logw")
+                logw = torch.zeros(index.shape[0], self.n, device=index.device) if logw is None else logw.clone()
+                logw[:, :frozen].masked_fill_(dead, -torch.inf)
+                self.cols["logw"] = Buffer(logw)
+            stay = torch.cat([whole, stay[:, frozen:]], 1)
+        stay = stay.expand(self.heads, -1)
+        self.keep(stay.nonzero()[:, 1].unflatten(0, (self.heads, -1)))
+
+    def of_heads(self, at: Tensor) -> Segment:
+        """A new segment of some of the heads."""
+        twin = Segment(self.kind)
+        twin.n, twin.start = self.n, self.start
+        for mine, its in ((self.key, twin.key), (self.value, twin.value)):
+            its.runs = [run.heads(at) for run in mine.runs]
+            its.const = {name: x[at] for name, x in mine.const.items()}
+        twin.cols = {c: Buffer(b.view if b.data.shape[0] == 1 else b.view[at]) for c, b in self.cols.items()}
+        return twin
+
+    def fork(self) -> Segment:
+        """A segment that shares the stored slots: both sides go on in runs of their own."""
+        twin = Segment(self.kind)
+        twin.n, twin.start = self.n, self.start
+        for mine, its in ((self.key, twin.key), (self.value, twin.value)):
+            for run in mine.runs:
+                run.sealed = True
+            its.runs, its.const = list(mine.runs), mine.const
+        twin.cols = {name: Buffer(buffer.view) for name, buffer in self.cols.items()}
+        return twin

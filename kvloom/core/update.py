@@ -1,0 +1,94 @@
+"""One `cache.update` of one layer: new keys and values of a batch, waiting for the queries that come with them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvloom.core.attention import Logits
+from kvloom.core.mask import DenseMask, Gaps, LazyMask
+from kvloom.errors import CacheError, ModelError
+
+if TYPE_CHECKING:
+    from kvloom.core.cache import KVLayer
+
+__all__ = ["Update"]
+
+
+class Update:
+    """New rows k [B, H, m, D], v [B, H, m, Dv]. Attended once with their own queries, then stored."""
+
+    def __init__(self, layer: KVLayer, k: Tensor, v: Tensor) -> None:
+        self.layer = layer
+        self.k: Tensor | None = k
+        self.v: Tensor | None = v
+        self.m, self.offset = k.shape[2], layer.seen
+
+    def attend(
+        self,
+        query: Tensor,
+        mask: LazyMask | Tensor | None,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """query [B, Hq, m, D] -> [B, m, Hq, Dv]; stores the rows and settles the layer."""
+        if self.k is None or self.v is None:
+            raise ModelError(
+                f"layer {self.layer.site.layer}: its keys are attended to by a second layer (shared KV), which "
+                f"{self.layer.cache.recipe.name} cannot serve. Use a stock cache for this model."
+            )
+        k, v, self.k, self.v = self.k, self.v, None, None
+        self.layer.waiting = None
+        held = DenseMask(mask, k.shape[1]) if isinstance(mask, Tensor) else mask
+        site = self.layer.site
+        logits = Logits(scale, softcap, site.rope if self.layer.turns else None)
+        out = None
+        for b, row in enumerate(self.layer.rows):
+            real = held.real(b) if held is not None else None
+            start = row.layer.length
+            _note(row.gaps, start, self.offset, real)
+            if isinstance(held, LazyMask) and held.padded and start + _count(real, self.m) != held.count(b):
+                raise CacheError(
+                    f"attention_mask shows {held.count(b)} tokens in row {b}, but the cache holds {start} and "
+                    f"{_count(real, self.m)} came. Pass the same mask for earlier tokens as when they were cached."
+                )
+            visible = held.row(b, row.gaps, real) if held is not None else None
+            if real is None:
+                got = row.layer.forward(query[b], k[b], v[b], logits, visible, sinks)
+                if len(self.layer.rows) == 1:
+                    return got.transpose(0, 1)[None]
+            elif len(real):
+                got = row.layer.forward(query[b][:, real], k[b][:, real], v[b][:, real], logits, visible, sinks)
+            else:
+                got = query.new_zeros((query.shape[1], 0, v.shape[3]))
+            if out is None:
+                out = query.new_zeros((query.shape[0], self.m, query.shape[1], v.shape[3]))
+            out[b, slice(None) if real is None else real] = got.transpose(0, 1)
+        assert out is not None
+        return out
+
+    def sdpa(self, query: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """For models that call `scaled_dot_product_attention` themselves: [B, Hq, m, D] -> [B, Hq, m, Dv]."""
+        self.layer.cache.check_caller()
+        return self.attend(query, mask, scale).transpose(1, 2)
+
+    def tensor(self, which: int) -> Tensor:
+        """All keys or values as a dense tensor, for models that look inside. Raises ModelError if some are gone."""
+        self.layer.cache.check_caller()
+        return self.layer.materialize(which, self)
+
+
+def _count(real: Tensor | None, m: int) -> int:
+    return m if real is None else len(real)
+
+
+def _note(gaps: Gaps, start: int, offset: int, real: Tensor | None) -> None:
+    if real is None:
+        gaps.add(start, offset)
+        return
+    breaks = (torch.diff(real, prepend=real[:1] - 2) != 1).nonzero()[:, 0].tolist() if len(real) else []
+    for i in breaks:
+        gaps.add(start + i, offset + int(real[i]))

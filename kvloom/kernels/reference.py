@@ -1,0 +1,95 @@
+"""Attention over one dense run, and the merge of partial results, in plain torch.
+
+Shapes: h KV heads, R query rows per KV head (the queries of its group times the new tokens), n slots, D channels.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["dense", "finish", "logits", "merge", "mix"]
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+# A block of fp32 logits stays within this many numbers, so that it is still in cache when it is read back.
+BLOCK = 1 << 20
+
+
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention and its log-sum-exp. q [Hq, m, D], k [h, n, D], v [h, n, Dv], with Hq a multiple of h.
+
+    `causal` aligns the first query with the first key. `bias` is added to the logits, broadcastable to [Hq, m, n].
+    Returns out [Hq, m, Dv] in q's dtype and lse [Hq, m] in fp32.
+    """
+    if k.shape[1] == 0:
+        return q.new_zeros((*q.shape[:2], v.shape[-1])), q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+    if q.device.type == "cpu" and k.shape[-1] == v.shape[-1] and q.dtype == k.dtype:
+        if bias is not None:
+            bias = bias.to(q.dtype).expand(q.shape[0], -1, -1)[None]
+        out, lse = _flash(q[None], k[None], v[None], 0.0, causal, attn_mask=bias, scale=scale)
+        return out[0], lse[0].float()
+    return _blocked(q, k, v, scale, causal, bias, None)
+
+
+def logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """q [h, R, D], k [h, n, D] -> scaled dot products [h, R, n] in fp32."""
+    return torch.matmul(q.float() * scale, k.float().transpose(-1, -2))
+
+
+def mix(p: Tensor, v: Tensor) -> Tensor:
+    """Probabilities p [h, R, n] fp32, v [h, n, Dv] -> [h, R, Dv] in fp32."""
+    return torch.matmul(p, v.float())
+
+
+def finish(s: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits s [..., n] -> unnormalized weights exp(s - max) (in place) and lse [...]. A row of -inf gives zeros."""
+    top = s.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+    p = s.sub_(top).exp_()
+    return p, p.sum(-1).log_() + top[..., 0]
+
+
+def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Partial results (out [..., D], lse [...]) over disjoint sets of slots -> the result over their union, fp32."""
+    if len(parts) == 1:
+        return parts[0]
+    lses = torch.stack([lse for _, lse in parts])
+    total = torch.logsumexp(lses, 0)
+    weights = (lses - total.clamp_min(torch.finfo(torch.float32).min)).exp_()
+    out = parts[0][0].float() * weights[0][..., None]
+    for (part, _), w in zip(parts[1:], weights[1:], strict=True):
+        out += part.float() * w[..., None]
+    return out, total
+
+
+def blocked(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """`dense` for what the fused kernels lack (soft-capping, unequal head sizes): blocks of queries, never T x T."""
+    return _blocked(q, k, v, scale, causal, bias, softcap)
+
+
+def _blocked(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    heads, m, _ = q.shape
+    group = heads // k.shape[0]
+    out = q.new_empty((heads, m, v.shape[-1]))
+    lse = q.new_empty((heads, m), dtype=torch.float32)
+    step = max(1, BLOCK // (heads * k.shape[1]))
+    for at in range(0, m, step):
+        rows = slice(at, min(at + step, m))
+        width = rows.stop if causal else k.shape[1]
+        s = logits(q[:, rows].unflatten(0, (-1, group)).flatten(1, 2), k[:, :width], scale)
+        s = s.unflatten(1, (group, -1)).flatten(0, 1)
+        if softcap is not None:
+            s = s.div_(softcap).tanh_().mul_(softcap)
+        if causal:
+            ahead = torch.arange(width, device=q.device) > torch.arange(at, rows.stop, device=q.device)[:, None]
+            s.masked_fill_(ahead, -torch.inf)
+        if bias is not None:
+            s += bias[:, rows if bias.shape[1] > 1 else slice(None), :width]
+        p, lse[:, rows] = finish(s)
+        p /= p.sum(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+        folded = p.unflatten(0, (-1, group)).flatten(1, 2)
+        out[:, rows] = mix(folded, v[:, :width]).unflatten(1, (group, -1)).flatten(0, 1).to(out.dtype)
+    return out, lse

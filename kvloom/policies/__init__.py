@@ -1,0 +1,1 @@
+"""What recipes are put together from: scorers, budgets, placements."""

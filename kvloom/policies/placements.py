@@ -1,0 +1,90 @@
+"""Where slots go once they are ranked: stay, another class, or out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvloom.core.codec import Scope
+from kvloom.core.group import Table
+from kvloom.core.recipe import DROP
+from kvloom.core.step import Step
+
+__all__ = ["Keep"]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Keeps the first `sinks`, the `newest`, and the best-scored others up to the budget; sends the rest to a class.
+
+    `newest`: a number of tokens, or a share of the budget (float). Without scores the newest tokens are kept. `to`: the class
+    that takes the rest; None drops it. `sinks_to`: the class that takes the sinks, for good. Slots that are encoded in units leave as whole units, lowest mean score first; a
+    remainder smaller than a unit waits.
+    """
+
+    newest: int | float = 0
+    sinks: int = 0
+    to: str | None = None
+    sinks_to: str | None = None
+    scope: Scope = "head"
+
+    @property
+    def moves(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.to, self.sinks_to) if name is not None)
+
+    @property
+    def least(self) -> int:
+        return self.sinks + (self.newest if isinstance(self.newest, int) else 0)
+
+    def __call__(self, step: Step, table: Table, scores: Tensor | None, budget: int) -> Tensor:
+        index = table.index
+        own = torch.cat([index.new_full((s.n,), step.classes.index(name)) for name, s in table.parts]).long()
+        if scores is None:
+            scores = index.float()
+        newest = int(self.newest * budget) if isinstance(self.newest, float) else min(self.newest, budget)
+        safe = (index >= step.length - newest) | (index < self.sinks)
+        scores = scores.masked_fill(safe, torch.inf)
+        route = own.expand(len(scores), -1)
+        if self.sinks_to is not None:
+            free = torch.ones_like(own, dtype=torch.bool)
+            for start, stop, _ in table.units():
+                free[start:stop] = False  # a slot inside a unit can't move alone
+            route = torch.where((index < self.sinks) & free, step.classes.index(self.sinks_to), route)
+        if table.n > budget:
+            target = DROP if self.to is None else step.classes.index(self.to)
+            route = torch.where(self._away(scores, table, table.n - budget), target, route)
+        return route
+
+    def _away(self, scores: Tensor, table: Table, over: int) -> Tensor:
+        """bool [h, n]: the `over` slots of lowest score, those of a unit only together."""
+        units = table.units()
+        if not units:
+            lowest = scores.topk(over, -1, largest=False).indices
+            return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, lowest, True)
+        # Items are units (their mean score, their size) and single slots; the cheapest leave while they fit.
+        owner, sizes = _items(table, units)
+        count = len(sizes)
+        mean = scores.new_zeros(len(scores), count).index_add_(1, owner, scores) / sizes
+        order = mean.argsort(-1)
+        spent = sizes[order].cumsum(-1)
+        fits = (spent <= over) & mean.gather(1, order).isfinite()
+        rest = over - torch.where(fits, sizes[order], 0).sum(-1)
+        gone = torch.zeros(mean.shape, dtype=torch.bool, device=scores.device).scatter_(1, order, fits)
+        # What is left over goes one by one, where single slots remain.
+        single = (sizes == 1) & ~gone & mean.isfinite()
+        ranked = torch.where(single, mean, torch.inf).argsort(-1)
+        first = torch.arange(count, device=scores.device) < torch.minimum(rest, single.sum(-1))[:, None]
+        gone |= torch.zeros_like(gone).scatter_(1, ranked, first)
+        return gone[:, owner]
+
+
+def _items(table: Table, units: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+    """(item that each slot belongs to [n], slots of each item)."""
+    starts = torch.ones(table.n, dtype=torch.long, device=table.device)
+    for start, stop, unit in units:
+        place = torch.arange(stop - start, device=table.device)
+        starts[start:stop] = (place % unit == 0).long()
+    owner = starts.cumsum(0) - 1
+    return owner, torch.bincount(owner)

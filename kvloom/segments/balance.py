@@ -1,0 +1,50 @@
+"""A per-channel balance between queries and keys, so that key outliers do not widen the groups (MiKV, arXiv 2402.18096)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvloom.core.codec import Block, Codec, Const, Plane
+
+if TYPE_CHECKING:
+    from kvloom.core.site import Site
+    from kvloom.core.step import Step
+
+__all__ = ["Balance"]
+
+
+class Balance(Codec):
+    """Stores k * b in the inner codec and asks it with q / b, where b = sqrt(max |q| / max |k|) by head and channel.
+
+    b is taken from the first prompt and then frozen, since codes made with one b can't be read with another.
+    """
+
+    def __init__(self, inner: Codec) -> None:
+        self.inner, self.per, self.unit, self.fits = inner, inner.per, inner.unit, True
+
+    def __repr__(self) -> str:
+        return f"Balance({self.inner!r})"
+
+    def check(self, site: Site, plane: Plane) -> None:
+        self.inner.check(site, plane)
+
+    def fit(self, step: Step, keys: Tensor) -> Const:
+        q = step.q.float().abs().amax((1, 2))
+        k = keys.abs().amax(1)
+        balance = (q / k.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
+        return {"balance": torch.where((q > 0) & (k > 0), balance, 1.0), **self.inner.fit(step, keys)}
+
+    def encode(self, x: Tensor, const: Const) -> Block:
+        return self.inner.encode((x.float() * const["balance"][:, None]).to(x.dtype), const)
+
+    def decode(self, block: Block, const: Const) -> Tensor:
+        return self.inner.decode(block, const) / const["balance"][:, None]
+
+    def dot(self, q: Tensor, block: Block, const: Const, scale: float) -> Tensor:
+        return self.inner.dot(q.float() / const["balance"][:, None], block, const, scale)
+
+    def nbytes(self, n: int, dim: int, itemsize: int) -> int:
+        return self.inner.nbytes(n, dim, itemsize)

@@ -1,0 +1,117 @@
+"""Asymmetric min-max quantization in groups, packed: the code of KIVI (arXiv 2402.02750) and of MiKV's low class.
+
+z = min, s = (max - min) / (2**bits - 1), code = round((x - z) / s), and x is read back as code * s + z.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvloom.core.codec import Block, Codec, Const, Plane, Scope
+from kvloom.core.site import Site
+from kvloom.errors import RecipeError
+from kvloom.kernels import reference
+from kvloom.kernels.pack import BITS, pack, unpack
+
+__all__ = ["MinMax"]
+
+CHUNK = 1 << 19  # numbers that are decoded at a time: 2 MiB of fp32, which a core's cache still holds
+
+
+class MinMax(Codec):
+    """`along` "tokens": `group` consecutive tokens of one channel share scale and minimum (keys: outliers are channels);
+    "channels": `group` consecutive channels of one token do (None: the whole head). Scale and minimum are 16-bit.
+
+    Block: codes uint8 [h, n / group, D, group * bits / 8] or [h, n, D * bits / 8]; scale and zero [h, n / group, D] or
+    [h, n, D / group].
+    """
+
+    scope: ClassVar[Scope] = "head"
+
+    def __init__(self, bits: int, group: int | None, along: Literal["tokens", "channels"]) -> None:
+        if bits not in BITS:
+            raise RecipeError(f"bits={bits!r} is not supported. Choose one of {', '.join(map(str, BITS))}.")
+        if group is not None and (not isinstance(group, int) or group < 8 or group % 8):
+            raise RecipeError(f"group={group!r} must be a positive multiple of 8, such as 32 or 64.")
+        if group is None and along == "tokens":
+            raise RecipeError("group=None means the whole head, which only per-token groups can have. Give a number.")
+        self.bits, self.group, self.along = bits, group, along
+        self.unit = group if along == "tokens" and group else 1
+        self.per = dict.fromkeys(("codes", "scale", "zero"), self.unit)
+
+    def __repr__(self) -> str:
+        return f"MinMax(bits={self.bits}, group={self.group}, along={self.along!r})"
+
+    def check(self, site: Site, plane: Plane) -> None:
+        dim = site.key_dim if plane == "key" else site.value_dim
+        group = self.group or dim
+        if self.along == "channels" and dim % group:
+            fits = [g for g in range(8, dim + 1, 8) if dim % g == 0]
+            raise RecipeError(
+                f"group={group} does not divide the head size {dim} of layer {site.layer}. Use one of {fits or [dim]}."
+            )
+        if dim % 8 and self.along == "channels" and self.bits < 8:
+            raise RecipeError(f"bits={self.bits} needs a head size that 8 divides; layer {site.layer} has {dim}.")
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """[h, n, D] -> [h, n / G, D, G] along tokens, [h, n, D / G, G] along channels."""
+        if self.along == "tokens":
+            return x.unflatten(1, (-1, self.unit)).transpose(2, 3)
+        return x.unflatten(2, (-1, self.group or x.shape[2]))
+
+    def encode(self, x: Tensor, const: Const) -> Block:
+        small = torch.float16 if x.dtype == torch.float32 else x.dtype
+        grouped = self._grouped(x).float()
+        low, high = grouped.aminmax(dim=-1)
+        zero = low.to(small)
+        scale = ((high - zero.float()).clamp_min_(0) / (2**self.bits - 1)).to(small)
+        step = scale.float().masked_fill(scale == 0, 1.0)[..., None]
+        codes = ((grouped - zero.float()[..., None]) / step).round_().clamp_(0, 2**self.bits - 1).to(torch.uint8)
+        if self.along == "channels":
+            codes = codes.flatten(2)
+        return {"codes": pack(codes, self.bits), "scale": scale, "zero": zero}
+
+    def decode(self, block: Block, const: Const) -> Tensor:
+        codes = unpack(block["codes"], self.bits)
+        scale, zero = block["scale"].float()[..., None], block["zero"].float()[..., None]
+        if self.along == "tokens":
+            return torch.addcmul(zero, codes.float(), scale).transpose(2, 3).flatten(1, 2)
+        return torch.addcmul(zero, codes.float().unflatten(2, (block["scale"].shape[2], -1)), scale).flatten(2)
+
+    def dot(self, q: Tensor, block: Block, const: Const, scale: float) -> Tensor:
+        return torch.cat([self._dot(q, part, scale) for _, part in self._chunks(block)], -1)
+
+    def _dot(self, q: Tensor, block: Block, scale: float) -> Tensor:
+        """Along tokens the scale of a channel folds into the query, so codes are multiplied as they are."""
+        if self.along == "channels":
+            return reference.logits(q, self.decode(block, {}), scale)
+        q = q.float() * scale
+        codes = unpack(block["codes"], self.bits).float()  # [h, N, D, G]
+        s, z = block["scale"].float(), block["zero"].float()  # [h, N, D]
+        out = torch.matmul(q[:, None] * s[:, :, None], codes)  # [h, N, R, G]
+        out += torch.matmul(q, z.transpose(1, 2)).transpose(1, 2)[..., None]
+        return out.transpose(1, 2).flatten(2)
+
+    def mix(self, p: Tensor, block: Block, const: Const) -> Tensor:
+        out = None
+        for rows, part in self._chunks(block):
+            mine = reference.mix(p[..., rows], self.decode(part, const))
+            out = mine if out is None else out.add_(mine)
+        assert out is not None
+        return out
+
+    def _chunks(self, block: Block) -> list[tuple[slice, Block]]:
+        """The block in pieces whose decoded form stays in cache; slots and rows of each."""
+        h, rows = block["codes"].shape[:2]
+        each = max(1, CHUNK // (h * (block["codes"][0, 0].numel() * 8 // self.bits if rows else 1)))
+        return [
+            (slice(at * self.unit, (at + each) * self.unit), {name: x[:, at : at + each] for name, x in block.items()})
+            for at in range(0, rows, each)
+        ]
+
+    def nbytes(self, n: int, dim: int, itemsize: int) -> int:
+        group = self.group or dim
+        return n * dim * self.bits // 8 + 2 * 2 * (n * dim // group)
