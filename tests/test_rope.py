@@ -60,7 +60,7 @@ _TYPES = ["sliding_attention", "full_attention"]
 _LLAMA = "LlamaForCausalLM"
 _FALCON = {key: value for key, value in MHA.items() if key != "intermediate_size"}
 
-# name -> (model class, arguments of its config, what `rope_of` should say per layer: kind, layout, R, or None)
+# name -> (model class, arguments of its config, per layer what `rope_of` should say: kind, layout, R; or None)
 Expected = tuple[str, Layout, int] | None
 MODELS: dict[str, tuple[str, dict[str, Any], list[Expected]]] = {
     "llama": (_LLAMA, TINY, [("default", "half", 16)] * 2),
@@ -181,7 +181,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
 def record(
     model: Any, position: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> dict[int, tuple[Tensor | None, Tensor]]:
-    """One forward on tokens at `position` [B, n]; -> per layer the keys before rotation (None: no rotation) and as cached.
+    """One forward on tokens at `position` [B, n]; -> per layer keys before rotation (None: no rotation) and as cached.
 
     What the modeling file's own rotation function was given is what it rotated; it's [B, H, n, R or D] here.
     """
@@ -231,7 +231,7 @@ def test_rotates_as_the_model_does(name: str, far: bool, monkeypatch: pytest.Mon
     model = build(name)
     if far:
         rope_of(model, 0)  # what is asked later has to follow frequencies that change
-    # two rows at different positions, as under left padding; below or beyond the length where frequencies change
+    # two rows at different positions, as under left padding; below or beyond the length that changes frequencies
     n = 24
     start = min(FAR, MAX_POSITION.get(name, FAR) - 2 * n) if far else 0
     position = start + torch.arange(n) + torch.tensor([[0], [7]])
@@ -263,7 +263,7 @@ def test_rotates_as_the_model_does(name: str, far: bool, monkeypatch: pytest.Mon
 @pytest.mark.exactness
 @pytest.mark.parametrize("name", ROTARY)
 def test_low_precision_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rounding of bf16 models is followed bit by bit; un-rotating costs what rounding the result costs."""
+    """The rounding of bf16 models is followed bit by bit; un-rotating costs no more than rounding its result."""
     model = build(name, torch.bfloat16)
     position = torch.arange(20)[None] + 30
     for layer, (pre, post) in record(model, position, monkeypatch).items():

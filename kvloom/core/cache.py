@@ -181,9 +181,7 @@ class KVCache(Cache):
         layers: list[Any] = list(DynamicCache(config=self.config).layers)
         managed = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
         sites = {i: sites[i] for i in managed}
-        if found.prepare:
-            found = found.prepare(model)
-        self.recipe = found.bind([_counted(site, len(sites)) for site in sites.values()])
+        self.recipe = found.ready(model).bind([_counted(site, len(sites)) for site in sites.values()])
         self.left_alone = {i: type(layer).__name__ for i, layer in enumerate(layers) if i not in sites}
         for i, site in sites.items():
             layers[i] = KVLayer(self, _counted(site, len(sites)))

@@ -113,6 +113,10 @@ class Recipe:
         """Whether some slots are given up."""
         return bool(self.policy)
 
+    def ready(self, model: PreTrainedModel) -> Recipe:
+        """The recipe with what it needs of a model; its name stays."""
+        return replace(self.prepare(model), name=self.name, prepare=None) if self.prepare else self
+
     def bind(self, sites: list[Site]) -> Recipe:
         """Checks every layer and turns budgets in bytes into tokens. Raises RecipeError or ModelError."""
         for site in sites:
@@ -184,7 +188,6 @@ def compose(a: Recipe, b: Recipe) -> Recipe:
             each(site)
 
     def prepare(model: PreTrainedModel) -> Recipe:
-        left, right = (r.prepare(model) if r.prepare else r for r in (a, b))
-        return left | right
+        return a.ready(model) | b.ready(model)
 
     return Recipe(name, placed.policy, kinds, check, prepare if a.prepare or b.prepare else None)

@@ -1,8 +1,8 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864) of one attention layer, as data.
 
 There is no table of model families here. `rope_of` asks the model: it reads a token at several positions, and what
-its layers cache is compared with the rotations that its frequency buffers allow (which channels pair up, which part
-of a head turns, which way, how the arithmetic rounds). So the answer is proven on the weights in use.
+its layers cache is compared with the rotations that its frequency buffers allow (which channels pair up, which
+part of a head turns, which way, how the arithmetic rounds): an answer proven on the weights in use.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Rounding = Literal["all", "table", "none"]
 class Rope:
     """How one layer rotates keys and queries: channels `offset : offset + rotary_dim` turn, the others pass.
 
-    A pre-RoPE key is the key that the layer would cache at position 0, without `scaling`. In nearly all models that
-    is the output of `k_proj`, after the key norm if there is one.
+    A pre-RoPE key is what the layer would cache at position 0, but for `scaling`. In nearly all models that is the
+    output of `k_proj`, after the key norm if there is one.
     """
 
     inv_freq: Tensor
-    """Radians per token, fp32 [rotary_dim / 2]: a copy of those now in use. Negative if the model turns backwards."""
+    """Radians per token, fp32 [rotary_dim / 2], as now in use (a copy). Negative if the model turns backwards."""
     layout: Layout
     """Which of the R rotated channels pair up: (i, i + R/2) for "half", (2i, 2i + 1) for "interleaved"."""
     rotary_dim: int
@@ -42,28 +42,27 @@ class Rope:
     offset: int = 0
     """The first rotated channel: 0, except where a family turns the last channels of a head."""
     scaling: float = 1.0
-    """Factor on cos and sin (YaRN, longrope): what turns of a cached key is `scaling` times the rotated key."""
+    """Factor on cos and sin (YaRN, longrope): the rotated channels of cached keys are `scaling` times as long."""
     kind: str = "default"
     """What transformers calls it: default, linear, dynamic, yarn, longrope, llama3, proportional, ..."""
     varies: bool = False
-    """Frequencies follow the length of the text (dynamic, longrope): call `rope_of` again after each forward."""
+    """Frequencies follow the text's length (dynamic, longrope): call `rope_of` again after each forward."""
     rounding: Rounding = "all"
-    """What the model rounds to its dtype (the same in fp32): "all" is cos, sin and each product, "table" cos and
-    sin, "none" the result only."""
+    """What the model rounds to its dtype: cos, sin, each product ("all"), cos, sin ("table"), the result ("none")."""
 
     def rotate(self, x: Tensor, position: Tensor | int) -> Tensor:
         """Pre-RoPE keys -> keys as the model caches them, with its own fp32 angles, rounding and `scaling`.
 
-        x: [..., n, D] in the model's dtype; position: integers broadcastable to [..., n], such as [n]. -> like x.
+        x: [..., n, D] in the model's dtype; position: integers broadcastable to [..., n]. -> like x.
         """
         cos, sin = self._table(x, position)
         return self._turn(x, cos, sin, x.dtype if self.rounding == "all" else _wide(x))
 
     def unrotate(self, x: Tensor, position: Tensor | int) -> Tensor:
-        """Inverse of `rotate`: keys that the model cached at `position` -> pre-RoPE keys, shaped and typed like x.
+        """Keys cached at `position` -> pre-RoPE keys, like x: the inverse of `rotate`, with the same arguments.
 
-        x: [..., n, D] in the dtype in which the model computed it (cos and sin were rounded to that one). Computes
-        in fp32; error at any position, measured on fp32 keys: 4e-7 of the largest entry.
+        Computes in fp32; error on fp32 keys at any position: 4e-7 of the largest entry. x has to come in the dtype
+        in which the model computed it, since the model rounded cos and sin to that one.
         """
         cos, sin = (t.to(_wide(x)) for t in self._table(x, position))
         square = cos * cos + sin * sin  # scaling², or not quite if rounded: inverts the very matrix applied
@@ -72,7 +71,7 @@ class Rope:
     def shift(self, x: Tensor, delta: Tensor | int, position: Tensor | int | None = None) -> Tensor:
         """Keys cached at position p -> the same keys at p + delta; or queries turned by delta. Norms stay.
 
-        x: [..., n, D] post-RoPE; delta, position: integers broadcastable to [..., n]. -> like x; by 0: equal to x.
+        x: [..., n, D] post-RoPE; delta, position: integers broadcastable to [..., n]. -> like x (by 0: equal to x).
         Angles in float64, the rest in fp32. The model's own angles are fp32 products, each off by up to 2**-24 of
         itself, so without `position` the result is within 6e-8 * (p + |p + delta|), relative to the norm, of what
         the model would have cached (4e-3 at 32k, if all of the norm is in the worst channel). Given p as
@@ -117,10 +116,11 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-# A frequency buffer: its module, its name, and 1 or -1 for the way the model turns.
-_Source = tuple[nn.Module, str, int]
-# What a layer does: its source (None: the textbook's frequencies) and its Rope; None (no rotation); or why nothing fits.
-_Found = tuple[_Source | None, Rope] | str | None
+_Source = tuple[
+    nn.Module, str, int
+]  # a module, the name of its frequency buffer, 1 or -1 for the way it turns
+_Fit = tuple[_Source | None, Rope]  # without a source, the frequencies are the textbook's
+_Found = _Fit | str | None  # a layer doesn't rotate (None), or why no rotation fits (str)
 _found: WeakKeyDictionary[nn.Module, tuple[torch.dtype, dict[int, _Found]]] = WeakKeyDictionary()
 
 
@@ -151,44 +151,40 @@ def rope_of(model: nn.Module, layer: int) -> Rope | None:
 
 def _probe(model: nn.Module) -> dict[int, _Found]:
     decoder: Any = model.get_decoder() if isinstance(model, PreTrainedModel) else model
-    decoder = (
-        decoder if isinstance(decoder, PreTrainedModel) else model.base_model
-    )  # where it's the output layer
+    if not isinstance(decoder, PreTrainedModel):  # in some models it's the name of the output layer
+        decoder = model.base_model
     config, name = decoder.config.get_text_config(decoder=True), f"model={type(model).__name__}"
     if next(decoder.parameters()).is_meta:
         raise ModelError(f"{name}: its weights are on the meta device; load them before asking for its RoPE")
-    sources, layers = _sources(decoder), range(config.num_hidden_layers)
-    found: dict[int, _Found] = dict.fromkeys(layers)
-    if (
-        "position_ids" not in inspect.signature(decoder.forward).parameters
-    ):  # ALiBi, relative or learned positions
-        return (
-            dict.fromkeys(layers, f"{name} has frequencies, but takes no position_ids") if sources else found
-        )
+    sources = _sources(decoder)
+    found: dict[int, _Found] = dict.fromkeys(range(config.num_hidden_layers))
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        unknown = (
+            f"{name}: it rotates keys, but takes no position_ids" if sources else None
+        )  # else ALiBi and such
+        return dict.fromkeys(found, unknown)
 
-    # Lengths at which frequencies may change (per layer type, in some); half of one lets slow channels turn, too.
+    # Frequencies may change at any of these lengths. Half of one is far enough for slow channels to turn.
     params = getattr(config, "rope_parameters", None) or {}
-    lengths = [
-        p.get("original_max_position_embeddings") for p in (params, *params.values()) if isinstance(p, dict)
-    ]
-    lengths = [n for n in (*lengths, getattr(config, "max_position_embeddings", None)) if n]
-    near, far = min([512, *lengths]) // 2, 2 * max([512, *lengths])
+    nested = [
+        p for p in (params, *params.values()) if isinstance(p, dict)
+    ]  # one per layer type, in some models
+    lengths = [p.get("original_max_position_embeddings") or 512 for p in nested]
+    lengths.append(getattr(config, "max_position_embeddings", None) or 512)
+    near, far = min([512, *lengths]) // 2, 2 * max(lengths)
     pad, rotary_dim = getattr(config, "pad_token_id", None), getattr(config, "rotary_dim", None)
     tokens = [t for t in range(config.vocab_size // 2, config.vocab_size) if t != pad][:2]
+    ids = torch.tensor(tokens).repeat_interleave(3)
     with _undisturbed(decoder, sources):
         for end in (near, far) if any(_read(s).varies for s in sources) else (near,):
-            position = torch.tensor([0, 1, end] * 2)
+            at = torch.tensor([0, 1, end] * 2)
             try:
-                keys = _run(
-                    decoder, torch.tensor(tokens).repeat_interleave(3), position, DynamicCache(config=config)
-                )
+                keys = _run(decoder, ids, at, DynamicCache(config=config))
             except Exception as error:  # whatever a model's own code raises
-                raise ModelError(
-                    f"{name}: can't run its decoder on token ids and positions: {error!r}"
-                ) from error
+                raise ModelError(f"{name}: can't run it on token ids and positions: {error!r}") from error
             for i, (key, value) in keys.items():
                 if not isinstance(found[i], str):
-                    found[i] = _fit(key, value, position, sources, rotary_dim, f"{name}: layer {i}")
+                    found[i] = _fit(key, value, at, sources, rotary_dim, f"{name}: layer {i}")
     return found
 
 
@@ -217,21 +213,21 @@ def _read(source: _Source) -> Rope:
 @contextmanager
 def _undisturbed(decoder: nn.Module, sources: list[_Source]) -> Iterator[None]:
     """Runs a probe in eval mode; leaves training flags and frequencies (which follow the text) as they were."""
-    training = [module for module in decoder.modules() if module.training]
-    rotary = {module for module, _, _ in sources}
-    state = [(m, {k: v for k, v in vars(m).items() if not k.startswith("_")}) for m in rotary]
-    buffers = [(m, k, b, b.clone()) for m in rotary for k, b in m.named_buffers(recurse=False)]
+    training = [m for m in decoder.modules() if m.training]
+    state = {m: {**vars(m), "_buffers": dict(m._buffers)} for m, _, _ in sources}
+    buffers = [(b, b.clone()) for m in state for b in m.buffers(recurse=False)]
     try:
         for module in training:
             module.training = False
         yield
     finally:
-        for module, name, buffer, value in buffers:
-            setattr(module, name, buffer if torch.equal(buffer, value) else buffer.copy_(value))
-        for module, attributes in state:
-            vars(module).update(attributes)
         for module in training:
             module.training = True
+        for module, attributes in state.items():
+            vars(module).update(attributes)
+        for buffer, value in buffers:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
 
 
 @torch.no_grad()
@@ -240,13 +236,11 @@ def _run(decoder: Any, ids: Tensor, position: Tensor, cache: Any) -> dict[int, t
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     stock = cache.update
 
-    def update(
-        key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         seen.setdefault(layer_idx, (key.clone(), value.clone()))
         key, value = stock(key, value, layer_idx, *args, **kwargs)
-        # A row attends to itself only, with weight 1, or less beside a learned sink. Zero values keep the rounding
-        # of its rotated scores out of the next layer: hidden states then don't depend on the position at all.
+        # A row attends to itself only, with weight 1, or less beside a learned sink. Zero values keep the
+        # rounding of its rotated scores out of the next layer: hidden states are the same at every position.
         return key, torch.zeros_like(value)
 
     cache.update = update
@@ -257,37 +251,36 @@ def _run(decoder: Any, ids: Tensor, position: Tensor, cache: Any) -> dict[int, t
 
 
 def _fit(
-    key: Tensor, value: Tensor, position: Tensor, sources: list[_Source], rotary_dim: int | None, where: str
+    k: Tensor, v: Tensor, at: Tensor, sources: list[_Source], rotary_dim: int | None, where: str
 ) -> _Found:
-    """The rotation from the keys at position 0 to the others. key: [6, H, 1, D], rows as in `position`."""
-    start, end, dim = [0, 0, 0, 3, 3, 3], position[:, None, None].to(key.device), key.shape[-1]
-    tolerance = max(1e-4, 4 * torch.finfo(key.dtype).eps)
+    """The rotation that leads from the keys at position 0 to those of other rows. k, v: [6, H, 1, D]; at: [6]."""
+    first, at, dim = [0, 0, 0, 3, 3, 3], at[:, None, None].to(k.device), k.shape[-1]
+    tolerance = max(1e-4, 4 * torch.finfo(k.dtype).eps)
 
     def miss(found: Tensor, true: Tensor) -> float:
         return float((found - true).abs().amax() / true.abs().amax())
 
-    moved = miss(value[start], value) > tolerance
-    if miss(key[start], key) <= tolerance / 4:
+    moved = (
+        miss(v[first], v) > tolerance
+    )  # positions enter with the embeddings, or the cache is of another kind
+    if miss(k[first], k) <= tolerance / 4:
         return f"{where} caches rotated channels apart from its keys (latent)" if moved and sources else None
-    bases: list[tuple[_Source | None, Rope]] = [(source, _read(source)) for source in sources]
-    if not sources:  # models that keep a table of cos and sin (GPT-J) take the textbook's frequencies
+    bases: list[_Fit] = [(source, _read(source)) for source in sources]
+    if not sources:  # models that keep a table of cos and sin (GPT-J)
         sizes = sorted({rotary_dim or dim, dim})
         tables = [1 / 10000 ** (torch.arange(0, n, 2, dtype=torch.int64) / n) for n in sizes]
         bases = [(None, Rope(table, "half", n)) for table, n in zip(tables, sizes)]
-    roundings: list[Rounding] = ["all"] if key.dtype == torch.float32 else ["all", "table", "none"]
+    roundings: list[Rounding] = ["all"] if k.dtype == torch.float32 else ["all", "table", "none"]
     layouts: list[Layout] = ["half", "interleaved"]
     best, least, wrong = None, float("inf"), float("inf")
     for (source, rope), layout, rounding, last in product(bases, layouts, roundings, (False, True)):
         rope = replace(rope, layout=layout, rounding=rounding, offset=(dim - rope.rotary_dim) * last)
         if rope.rotary_dim <= dim:
-            found = rope.rotate(rope.unrotate(key[start], 0), end)
+            found = rope.rotate(rope.unrotate(k[first], 0), at)
             # By the mean: where scaling is not 1, keys at position 0 have been rounded once more already.
-            if (mean := float((found - key).abs().float().mean())) < least:
-                best, least, wrong = (source, rope), mean, miss(found, key)
-    if wrong > tolerance and moved and not sources:
-        return None  # positions enter with the embeddings
-    return (
-        best
-        if wrong <= tolerance
-        else f"{where} moves its keys, but by no known rotation ({wrong:.1g} off at best)"
-    )
+            if (mean := float((found - k).abs().float().mean())) < least:
+                best, least, wrong = (source, rope), mean, miss(found, k)
+    if wrong <= tolerance:
+        return best
+    no = f"{where} moves its keys, but by no rotation known here ({wrong:.1g} off at best)"
+    return None if moved and not sources else no

@@ -14,12 +14,12 @@ SHARE = 20  # ... or one slot in this many, where that is more: 5 % of the buffe
 
 
 class Buffer:
-    """A tensor [h, n, ...] that grows along dim 1."""
+    """A tensor [h, n, ...] that grows along dim 1; one row spans `per` slots."""
 
-    __slots__ = ("data", "n", "start")
+    __slots__ = ("data", "n", "per", "start")
 
-    def __init__(self, first: Tensor) -> None:
-        self.start = self.n = 0
+    def __init__(self, first: Tensor, per: int = 1) -> None:
+        self.start, self.n, self.per = 0, 0, per
         self.data = first[:, :0]
         self.append(first)
 
@@ -29,7 +29,7 @@ class Buffer:
         if end > self.data.shape[1]:
             held, self.start = self.view, 0
             end = self.n + x.shape[1]
-            shape = (x.shape[0], end + max(ROOM, end // SHARE), *x.shape[2:])
+            shape = (x.shape[0], end + max(ROOM // self.per, end // SHARE, 1), *x.shape[2:])
             self.data = x.new_empty(shape)
             self.data[:, : self.n] = held
         self.data[:, end - x.shape[1] : end] = x
@@ -61,7 +61,7 @@ class Run:
 
     def __init__(self, codec: Codec, block: Block, const: Const) -> None:
         self.codec, self.const, self.sealed = codec, const, False
-        self.fields = {name: Buffer(x) for name, x in block.items()}
+        self.fields = {name: Buffer(x, codec.per[name]) for name, x in block.items()}
 
     @property
     def n(self) -> int:

@@ -1,6 +1,7 @@
 """Training batches: text, chat, copying and recall sequences as token arrays with loss weights.
 
-Text is tokenised once into uint16 files; recall sequences are planted at token level with the facts of ``recall.py``.
+Text is tokenised once into uint16 files; recall sequences are planted at token level with the facts of
+``recall.py``.
 """
 
 from __future__ import annotations
@@ -84,8 +85,9 @@ class Batch:
 class Mixture:
     """Shares of row kinds in a batch, and how recall rows look.
 
-    copying, recall and chat are shares of rows (the rest is plain text); easy is the share of recall rows in one
-    plain wording; facts the most facts a document has; multi the share of questions about several values.
+    copying, recall and chat are shares of rows (the rest is plain text); easy is the share of recall rows
+    in one plain wording; facts the most facts a document has; multi the share of questions about several
+    values.
     """
 
     copying: float = 0.0
@@ -99,7 +101,7 @@ class Mixture:
     words_as_values: float = 0.08
 
 
-ANSWER_WEIGHT, QUESTION_WEIGHT, NEEDLE_WEIGHT, HAY_SHARE = 6.0, 0.3, 0.3, 0.5
+ANSWER_WEIGHT, QUESTION_WEIGHT, NEEDLE_WEIGHT, HAY_SHARE = 6.0, 0.3, 0.3, 0.3
 
 
 class Source:

@@ -1,9 +1,10 @@
 """Measures a model's recall and its bits per byte, with the full cache.
 
-``python -m kvloom.models.training.evaluate --model FOLDER --prompts 200 --lengths 1024 2048 4096`` prints a table
-of exact matches with Wilson intervals of 95 %. Keys are words that training never used; the second part of the
-table has wordings that training never used. An answer counts when each of its tokens, the end token included, is
-the likeliest after the right ones before it: that is when greedy decoding gives exactly the answer.
+``python -m kvloom.models.training.evaluate --model FOLDER --prompts 200 --lengths 1024 2048 4096`` prints a
+table of exact matches with Wilson intervals of 95 %. Keys are words that training never used; the second
+part of the table has wordings that training never used. An answer counts when each of its tokens, the end
+token included, is the likeliest after the right ones before it: that is when greedy decoding gives exactly
+the answer.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import argparse
 import math
 import os
 import random
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,8 @@ def recall_counts(
 
 @torch.no_grad()
 def bits_per_byte(model: Any, tokenizer: Any, text: str, window: int, windows: int) -> tuple[float, int]:
-    """Mean bits per UTF-8 byte over the first ``windows`` windows of ``window`` tokens, and the number of bytes.
+    """Mean bits per UTF-8 byte over the first ``windows`` windows of ``window`` tokens, and the number of
+    bytes.
 
     Each window starts with the begin token and is read from nothing; its first token is not counted.
     """
@@ -110,10 +111,11 @@ def bits_per_byte(model: Any, tokenizer: Any, text: str, window: int, windows: i
 
 @torch.no_grad()
 def quick_recall(model: TrainLlama, source: Source, length: int, count: int = 24) -> dict[str, float]:
-    """Exact match per task with held-out keys ("-w": held-out wordings too) while training, ``count`` prompts each.
+    """Exact match per task with held-out keys ("-w": held-out wordings too) while training, ``count``
+    prompts each.
 
-    An answer counts when each of its tokens is the likeliest after the right ones before it: what greedy decoding
-    gives.
+    An answer counts when each of its tokens is the likeliest after the right ones before it: what greedy
+    decoding gives.
     """
     result = {}
     for task in TASKS:

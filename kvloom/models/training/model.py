@@ -1,7 +1,7 @@
 """A lean Llama for training on a CPU, and its exchange with Hugging Face weights.
 
-Same function as ``LlamaForCausalLM`` (checked by ``check_export``), with fused projections and a loss that runs
-the output head only where a weight asks for it.
+Same function as ``LlamaForCausalLM`` (checked by ``check_export``), with fused projections and a loss that
+runs the output head only where a weight asks for it.
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ class Block(nn.Module):
         return x + self.down(F.silu(gate) * up)
 
 
-# (layer, query head, offset, strength): heads that start out looking that many tokens back. Recall is built on such
-# heads (match what stood before, copy what follows); finding them from noise takes millions of tokens.
+# (layer, query head, offset, strength): heads that start out looking that many tokens back. Recall is built
+# on such # heads (match what stood before, copy what follows); finding them from noise takes millions of
+# tokens.
 OFFSET_HEADS = ((0, 0, 1, 1.3), (0, 1, 2, 1.3), (1, 0, 1, 1.3), (1, 1, 3, 1.3))
 COPY_HEADS = ((2, 0), (3, 2))  # (layer, query head): match what stood one token back, copy (see plant_copy_head)
 
@@ -117,9 +118,9 @@ class TrainLlama(nn.Module):
     def plant_offset_head(self, layer: int, head: int, offset: int, strength: float, bands: int = 8) -> None:
         """Start a head with its attention peak ``offset`` tokens back.
 
-        Channel 0 of the embedding is about constant, so a query and a key that read only that channel depend on
-        the distance alone: with phases turned by ``offset`` in the ``bands`` fastest rotary bands, the score
-        sum(cos(frequency x (distance - offset))) is largest at that distance.
+        Channel 0 of the embedding is about constant, so a query and a key that read only that channel
+        depend on the distance alone: with phases turned by ``offset`` in the ``bands`` fastest rotary
+        bands, the score sum(cos(frequency x (distance - offset))) is largest at that distance.
         """
         s = self.shape
         self.embed[:, 0] = 0.1  # about five times the other channels
@@ -141,8 +142,9 @@ class TrainLlama(nn.Module):
         """Start an induction circuit: "A B ... A" suggests B.
 
         Head 0 of layer 0, which looks one token back, writes a random 64-channel view of that token into the
-        residual stream. The heads of ``COPY_HEADS`` compare half of that view with the same view of the present
-        token, in the slow rotary bands where distance hardly counts, and write a view of the token they find.
+        residual stream. The heads of ``COPY_HEADS`` compare half of that view with the same view of the
+        present token, in the slow rotary bands where distance hardly counts, and write a view of the token
+        they find.
         """
         s, d = self.shape, self.shape.head_dim
 

@@ -59,8 +59,8 @@ class Question:
 class Sample:
     """A document with planted facts, and the chat that asks about them.
 
-    ``messages`` ends with the user turn that holds the document and the first question; ``answer`` is its right
-    answer. ``spans`` gives the character range of each needle in ``document``.
+    ``messages`` ends with the user turn that holds the document and the first question; ``answer`` is its
+    right answer. ``spans`` gives the character range of each needle in ``document``.
     """
 
     task: str
@@ -177,9 +177,9 @@ def task_plan(
 ) -> tuple[list[Fact], list[Question]]:
     """Facts and ``turns`` questions of an evaluation task; all facts share one wording.
 
-    single: one needle. multi-key: one asked among 8 distractors. multi-value: 3 values of one key, 3 distractors.
-    multi-query: 3 keys asked at once, 3 distractors. shared: a multi-key, a multi-value and a multi-query question
-    about one document with 9 + 1 keys.
+    single: one needle. multi-key: one asked among 8 distractors. multi-value: 3 values of one key, 3
+    distractors. multi-query: 3 keys asked at once, 3 distractors. shared: a multi-key, a multi-value and a
+    multi-query question about one document with 9 + 1 keys.
     """
     if task == SHARED:
         facts = draw_facts(rng, [3] + [1] * 9, split, wording)

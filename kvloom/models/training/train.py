@@ -1,12 +1,14 @@
 """Trains the bundled model on a CPU within a given time.
 
-``KVLOOM_DATA=FOLDER python -m kvloom.models.training.train --tokenizer kvloom/models/nano --run RUN --minutes 105``
+``KVLOOM_DATA=FOLDER python -m kvloom.models.training.train --tokenizer kvloom/models/nano --run RUN
+--minutes 105``
 
-Progress (0 to 1) is elapsed time over ``--minutes``, or tokens over ``--tokens``: the learning rate, the mixture
-and the lengths follow it, so the schedule always ends where it should. ``RUN`` gets ``checkpoint.pt``, ``log.jsonl``
-and ``export/`` (a folder for ``from_pretrained``). The same command goes on from the checkpoint; ``--init FOLDER``
-starts from exported weights instead. ``RUN/override.json`` is read while training: keys of ``Stage`` and ``Mixture``,
-or "rate" (a factor on the learning rate), replace those of the plan.
+Progress (0 to 1) is elapsed time over ``--minutes``, or tokens over ``--tokens``: the learning rate, the
+mixture and the lengths follow it, so the schedule always ends where it should. ``RUN`` gets
+``checkpoint.pt``, ``log.jsonl`` and ``export/`` (a folder for ``from_pretrained``). The same command goes
+on from the checkpoint; ``--init FOLDER`` starts from exported weights instead. ``RUN/override.json`` is
+read while training: keys of ``Stage`` and ``Mixture``, or "rate" (a factor on the learning rate), replace
+those of the plan.
 """
 
 from __future__ import annotations
@@ -111,8 +113,8 @@ class Trainer:
         others = [p for name, p in named if p.ndim != 2]
         self.muon = Muon(matrices, lr=args.rate, weight_decay=0.03)
         self.adam = torch.optim.AdamW(
-            [{"params": [self.model.embed], "peak": args.rate_embed}, {"params": others, "peak": args.rate_embed}],
-            lr=args.rate_embed, betas=(0.9, 0.98), weight_decay=0.0, fused=True,
+            [{"params": [self.model.embed], "peak": args.rate_embed}, {"params": others, "peak":
+            args.rate_embed}], lr=args.rate_embed, betas=(0.9, 0.98), weight_decay=0.0, fused=True,
         )  # fmt: skip
         self.step = self.tokens = 0
         self.seconds = self.base = 0.0
@@ -163,8 +165,8 @@ class Trainer:
         scratch = self.run / "checkpoint.part"
         torch.save(
             {
-                "model": self.model.state_dict(), "muon": self.muon.state_dict(), "adam": self.adam.state_dict(),
-                "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "progress": self.progress(),
+                "model": self.model.state_dict(), "muon": self.muon.state_dict(), "adam":
+                self.adam.state_dict(), "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "progress": self.progress(),
             },
             scratch,
         )  # fmt: skip
@@ -197,8 +199,8 @@ class Trainer:
     def train_step(self, batch: Batch, factor: float) -> np.ndarray:
         """One update; returns the sums of ``micro``.
 
-        Each of the threads takes the next part of the batch when it is free, so that other load on one core does
-        not hold up the other.
+        Each of the threads takes the next part of the batch when it is free, so that other load on one core
+        does not hold up the other.
         """
         rows, length = batch.ids.shape
         parts = max(1, min(rows, max(self.args.threads, batch.ids.size // max(length, 1024))))
@@ -254,9 +256,9 @@ class Trainer:
             if now - logged > self.args.log_seconds or self.step < 3:
                 self.log(
                     {
-                        "step": self.step, "tokens": self.tokens, "seconds": int(self.seconds), "progress": progress,
-                        "length": length, "text": sums[0] / max(1, sums[1]), "answer": sums[2] / max(1, sums[4]),
-                        "right": sums[3] / max(1, sums[4]),
+                        "step": self.step, "tokens": self.tokens, "seconds": int(self.seconds), "progress":
+                        progress, "length": length, "text": sums[0] / max(1, sums[1]), "answer": sums[2] /
+                        max(1, sums[4]), "right": sums[3] / max(1, sums[4]),
                     }
                 )  # fmt: skip
                 logged, sums = now, np.zeros(5)

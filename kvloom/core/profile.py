@@ -1,0 +1,57 @@
+"""A profile: what a calibration run learned about one model, in a safetensors file that knows whose it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvloom.core.view import fingerprint
+from kvloom.errors import ProfileError
+
+__all__ = ["load", "save"]
+
+
+def save(path: str | Path, model: PreTrainedModel, recipe: str, tensors: dict[str, Tensor], **settings: object) -> None:
+    """Writes a profile atomically. `settings` say how it was made and are stored as text."""
+    path = Path(path)
+    about = {"kvloom": "profile 1", "recipe": recipe, "model": fingerprint(model), "settings": json.dumps(settings)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file({key: x.contiguous() for key, x in tensors.items()}, name, metadata=about)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def load(path: str | Path, model: PreTrainedModel, recipe: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Reads a profile made for this model and recipe, with tensors of these shapes. Raises ProfileError otherwise."""
+    if not Path(path).is_file():
+        raise ProfileError(f"profile={str(path)!r} is no file. Make one with: kvloom calibrate MODEL --recipe {recipe} -o FILE")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ProfileError(f"profile={str(path)!r} cannot be read as safetensors ({error}). Make it again.") from error
+    if about.get("recipe") != recipe:
+        raise ProfileError(f"profile={str(path)!r} is for {about.get('recipe')!r}, not for {recipe!r}.")
+    if about.get("model") != fingerprint(model):
+        raise ProfileError(
+            f"profile={str(path)!r} was made on another model. Make one for this model with: "
+            f"kvloom calibrate MODEL --recipe {recipe} -o FILE"
+        )
+    for name, shape in shapes.items():
+        if name not in tensors or tuple(tensors[name].shape) != shape:
+            held = tuple(tensors[name].shape) if name in tensors else "nothing"
+            raise ProfileError(f"profile={str(path)!r} holds {held} for {name!r} where {shape} is needed. Make it again.")
+    return tensors

@@ -1,0 +1,155 @@
+"""RazorAttention: retrieval heads keep everything; the others keep both ends and one slot that stands for the rest."""
+
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvloom.core import profile as profiles
+from kvloom.core.card import Card
+from kvloom.core.group import Group, Table
+from kvloom.core.recipe import Policy, Recipe
+from kvloom.core.registry import recipe
+from kvloom.core.segment import Kind
+from kvloom.core.step import Step
+from kvloom.core.view import text_config
+from kvloom.errors import RecipeError
+from kvloom.policies.budgets import Tokens
+from kvloom.policies.placements import Keep
+from kvloom.policies.retrieval_heads import measure
+
+CARD = Card(
+    name="razorattention",
+    title="RazorAttention: Efficient KV Cache Compression Through Retrieval Heads",
+    year=2024,
+    arxiv="2407.15891",
+    code="",
+    idea="Few heads look at the whole context and keep all of it; the others keep sinks, recent tokens and one compensation "
+    "slot: the mean of everything dropped, weighted by its number.",
+    claims="Over 70 % less cache without noticeable loss; training-free.",
+    differs="A reconstruction from the paper's formulas: there is no official code, and the shares of heads and the sizes of "
+    "the local heads are not confirmed. ALiBi models are not searched by slope.",
+    open="While decoding, tokens that leave the window are folded into the compensation slot, 16 at a time. A KV head's score "
+    "is the largest of its query heads.",
+    measured="",
+    bytes="retrieval heads: T * (D_k + D_v) * itemsize; others: (sinks + max(window, T / share) + 1) of the same and 4 to 8 "
+    "per slot",
+)
+EVERY = 16
+_measured: WeakKeyDictionary[PreTrainedModel, dict[str, Tensor]] = WeakKeyDictionary()
+Heads = tuple[tuple[bool, ...], ...]
+
+
+@recipe(CARD)
+def razorattention(
+    echo: float = 0.01,
+    induction: float = 0.14,
+    sinks: int = 4,
+    window: int = 4000,
+    share: int = 5,
+    budget: int | float | None = None,
+    profile: str | None = None,
+) -> Recipe:
+    """Keeps all tokens in retrieval heads, both ends and a mean in the others.
+
+    Args:
+        echo: share of KV heads that are retrieval heads for their echo score.
+        induction: share for their induction score; 1.0 makes all heads retrieval heads.
+        sinks: first tokens that local heads keep.
+        window: newest tokens that local heads keep, at least.
+        share: local heads keep one in so many of the prompt's tokens, if that is more than `window`.
+        budget: slots of a local head in all, instead of `window` and `share`: tokens, or a ratio of the prompt.
+        profile: file made by `kvloom calibrate`; None: the model is measured when the cache is made.
+    """
+    for name, value in (("echo", echo), ("induction", induction)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise RecipeError(f"{name}={value!r} must be a share of the heads, 0.0 to 1.0.")
+    for name, value, least in (("sinks", sinks, 0), ("window", window, 1), ("share", share, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise RecipeError(f"{name}={value!r} must be a whole number, at least {least}.")
+    if isinstance(budget, str):
+        raise RecipeError(
+            f"budget={budget!r}: retrieval heads keep every token, so bytes grow with the text. Give tokens or a ratio."
+        )
+    if budget is not None:
+        Tokens(budget).check(sinks + 2)
+
+    def prepare(model: PreTrainedModel) -> Recipe:
+        heads = _retrieval_heads(_scores(model, profile), echo, induction, model)
+        place = _Local(sinks=sinks, to="mean", retrieval=heads)
+        size = _LocalSize(budget or 1.0, sinks=sinks, window=window, share=share, retrieval=heads, given=budget is not None)
+        policy = {"prompt": Policy(size, place), "decode": Policy(size, place, every=EVERY)}
+        return Recipe("razorattention", policy, kinds)
+
+    kinds = {"main": Kind(), "mean": Kind(fold=True)}
+    outline = Policy(Tokens(1.0), Keep(to="mean"))  # what composition needs to know before there is a model
+    return Recipe("razorattention", {"prompt": outline, "decode": outline}, kinds, prepare=prepare)
+
+
+def calibrate(model: PreTrainedModel, path: str | Path, tokens: int = 2500, seed: int = 0) -> dict[str, Tensor]:
+    """Measures every head of a model and writes the profile that `razorattention(profile=path)` reads."""
+    scores = measure(model, tokens, seed)
+    profiles.save(path, model, "razorattention", scores, tokens=tokens, seed=seed)
+    return scores
+
+
+def _scores(model: PreTrainedModel, profile: str | None) -> dict[str, Tensor]:
+    if profile is not None:
+        config = text_config(model)
+        shape = (config.num_hidden_layers, config.num_attention_heads)
+        return profiles.load(profile, model, "razorattention", {"echo": shape, "induction": shape})
+    if model not in _measured:
+        _measured[model] = measure(model)
+    return _measured[model]
+
+
+def _retrieval_heads(scores: dict[str, Tensor], echo: float, induction: float, model: PreTrainedModel) -> Heads:
+    """The best share of KV heads over all layers by each score; both sets together."""
+    config = text_config(model)
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    chosen = torch.zeros(config.num_hidden_layers * kv_heads, dtype=torch.bool)
+    for name, part in (("echo", echo), ("induction", induction)):
+        best = scores[name].unflatten(1, (kv_heads, -1)).amax(-1).flatten()
+        chosen[best.topk(ceil(part * len(best))).indices] = True
+    return tuple(tuple(row) for row in chosen.unflatten(0, (-1, kv_heads)).tolist())
+
+
+def _retrieves(heads: Heads, layer: int, group: Group) -> Tensor:
+    flags = torch.tensor(heads[layer])
+    return flags if group.heads is None else flags[group.heads.cpu()]
+
+
+@dataclass(frozen=True)
+class _LocalSize(Tokens):
+    """Slots of a local head without the compensation slot; None where all heads of the group are retrieval heads."""
+
+    sinks: int = 0
+    window: int = 1
+    share: int = 1
+    retrieval: Heads = ()
+    given: bool = False
+
+    def __call__(self, step: Step) -> int | None:
+        if bool(_retrieves(self.retrieval, step.site.layer, step.group).all()):
+            return None
+        if self.given:
+            total = super().__call__(step)
+            return None if total is None else total - 1
+        return self.sinks + max(self.window, step.prompt // self.share)
+
+
+@dataclass(frozen=True)
+class _Local(Keep):
+    """Both ends stay in local heads; retrieval heads keep all."""
+
+    retrieval: Heads = ()
+
+    def __call__(self, step: Step, table: Table, scores: Tensor | None, budget: int) -> Tensor:
+        route = super().__call__(step, table, scores, budget).expand(step.heads, -1).clone()
+        keeps = _retrieves(self.retrieval, step.site.layer, step.group).to(route.device)
+        route[keeps] = step.classes.index("main")
+        return route
