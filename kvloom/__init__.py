@@ -1,8 +1,8 @@
 """kvloom: the key-value cache of a language model, managed by recipes that compose.
 
-    from kvloom import KVCache
-    cache = KVCache(model, "snapkv(budget=1024) | kivi(bits=4)")
-    model.generate(ids, past_key_values=cache)
+from kvloom import KVCache
+cache = KVCache(model, "snapkv(budget=1024) | kivi(bits=4)")
+model.generate(ids, past_key_values=cache)
 """
 
 from kvloom.core.attach import detach

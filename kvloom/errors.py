@@ -1,10 +1,10 @@
 """What can go wrong, as one tree. Every message names the argument, its value and the remedy.
 
-    KvloomError (a ValueError)
-    ├── RecipeError    a recipe's name, option, value or composition
-    ├── ModelError     a model, or one of its layers, that a recipe cannot serve
-    ├── CacheError     a cache used in a way that it cannot follow
-    └── ProfileError   a calibration file that is damaged or belongs to another model
+KvloomError (a ValueError)
+├── RecipeError    a recipe's name, option, value or composition
+├── ModelError     a model, or one of its layers, that a recipe cannot serve
+├── CacheError     a cache used in a way that it cannot follow
+└── ProfileError   a calibration file that is damaged or belongs to another model
 """
 
 from collections.abc import Iterable

@@ -42,9 +42,7 @@ def answers(index: str) -> bool:
     """Whether an index answers a request for torch's page within seconds."""
     # In a process of its own, as looking up a host's name can outlast any time-out of the request.
     try:
-        probe = subprocess.run(
-            [sys.executable, "-c", PROBE, f"{index}/torch/"], capture_output=True, timeout=10
-        )
+        probe = subprocess.run([sys.executable, "-c", PROBE, f"{index}/torch/"], capture_output=True, timeout=10)
     except subprocess.TimeoutExpired:
         return False
     return probe.returncode == 0

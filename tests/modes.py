@@ -80,14 +80,10 @@ def generate(model: PreTrainedModel, cache: Cache, inputs: Tensor | dict[str, Te
     if isinstance(inputs, Tensor):
         inputs = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}
     options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, **options}
-    return model.generate(
-        **inputs, past_key_values=cache, output_logits=True, return_dict_in_generate=True, **options
-    )
+    return model.generate(**inputs, past_key_values=cache, output_logits=True, return_dict_in_generate=True, **options)
 
 
-def _one(
-    model: PreTrainedModel, make: MakeCache, inputs: Tensor | dict[str, Tensor], **options: Any
-) -> Result:
+def _one(model: PreTrainedModel, make: MakeCache, inputs: Tensor | dict[str, Tensor], **options: Any) -> Result:
     result = Result()
     result.add(generate(model, make(model), inputs, **options))
     return result

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from kvloom import detach
 from tests.families import FAMILIES, SLIDING, build, pristine, prompt, subject
-from tests.modes import LENGTHS, MODES, Result, batch, difference, generate, make_cache
+from tests.modes import LENGTHS, MODES, Result, difference, make_cache
 
 pytestmark = pytest.mark.exactness
 
@@ -27,19 +28,10 @@ LOSSLESS: dict[str, str] = {
     "streamingllm": "streamingllm(window=1000000)",
     "h2o": "h2o(budget=1000000)",
     "snapkv": "snapkv(budget=1000000)",
-    "razorattention": "razorattention(heads=1.0)",
+    "razorattention": "razorattention(induction=1.0)",
     "mikv": "mikv(budget=1.0)",
-    "kivi": "kivi(residual=2048)",
-    "snapkv-kivi": "snapkv(budget=1000000) | kivi(residual=2048)",
-}
-# Settings that lose something on prompts of the matrix's lengths.
-LOSSY: dict[str, str] = {
-    "streamingllm": "streamingllm(sinks=2, window=12)",
-    "h2o": "h2o(budget=0.4)",
-    "snapkv": "snapkv(budget=24, window=8)",
-    "mikv": "mikv(budget=0.5)",
-    "kivi": "kivi(bits=2, group=8, residual=16)",
-    "snapkv-kivi": "snapkv(budget=24, window=8) | kivi(bits=4, group=8, residual=16)",
+    "kivi": "kivi(group=8, residual=2048)",
+    "snapkv-kivi": "snapkv(budget=1000000) | kivi(group=8, residual=2048)",
 }
 # (recipe, family) -> what the error must name. Both rotations change with the length of the text, so a
 # stored key can't be turned to another position.
@@ -84,14 +76,19 @@ def check(family: str, mode: str, recipe: str) -> None:
 
 
 def all_pairs(*axes: list[Any]) -> list[tuple[Any, ...]]:
-    """A small selection of `product(*axes)` in which every pair of values of two axes occurs (greedy)."""
+    """A small selection of `product(*axes)` in which every pair of values of two axes occurs (greedy).
+
+    Among rows that add equally many pairs, the one with the values used least so far is taken.
+    """
     rows = list(itertools.product(*axes))
     pairs = [{(i, row[i], j, row[j]) for i, j in itertools.combinations(range(len(axes)), 2)} for row in rows]
     missing = set().union(*pairs)
-    chosen = []
+    chosen: list[tuple[Any, ...]] = []
+    used: Counter[Any] = Counter()
     while missing:
-        best = max(range(len(rows)), key=lambda k: len(pairs[k] & missing))
+        best = max(range(len(rows)), key=lambda k: (len(pairs[k] & missing), -sum(used[v] for v in rows[k])))
         chosen.append(rows[best])
+        used.update(rows[best])
         missing -= pairs[best]
     return chosen
 
@@ -125,29 +122,6 @@ def test_refused(recipe: str, family: str) -> None:
     assert REFUSED[recipe, family] in str(caught.value).lower()
     # the refusal leaves the model as it was
     assert model.config._attn_implementation == pristine(family).config._attn_implementation
-
-
-@pytest.mark.parametrize("recipe", LOSSY)
-@pytest.mark.parametrize("family", SOME)
-def test_padded_row_alone(family: str, recipe: str) -> None:
-    """A left-padded row of a batch gives what the row gives alone, also where the recipe loses something."""
-    model = build(family)
-    together = generate(model, make_cache(model, LOSSY[recipe]), batch())
-    for row, length in enumerate(LENGTHS):
-        alone = generate(model, make_cache(model, LOSSY[recipe]), prompt(length, seed=row))
-        got = Result([together.sequences[row : row + 1, -10:]], [torch.stack(together.logits)[:, row]])
-        want = Result([alone.sequences[:, -10:]], [torch.stack(alone.logits)[:, 0]])
-        assert difference(got, want) < TOLERANCE, f"row {row}, {LENGTHS[0] - length} tokens of padding"
-
-
-@pytest.mark.parametrize("recipe", LOSSY)
-def test_control_lossy_recipes_lose(recipe: str) -> None:
-    """The settings above do change the logits, so the test above compares something."""
-    model = build("llama")
-    got = run(model, "llama", "forward", LOSSY[recipe])
-    want = stock("llama", "forward")
-    worst = max(float((a - b).abs().max()) for a, b in zip(got.logits, want.logits, strict=True))
-    assert worst > 0.02
 
 
 @pytest.mark.parametrize("family", FAMILIES)

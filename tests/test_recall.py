@@ -35,9 +35,7 @@ def haystack(count: Any) -> recall.Haystack:
 def model() -> Any:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        NANO, local_files_only=True, dtype=torch.float32
-    ).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(NANO, local_files_only=True, dtype=torch.float32).eval()
 
 
 @pytest.mark.parametrize("task", [*recall.TASKS, recall.SHARED])

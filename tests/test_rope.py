@@ -43,121 +43,73 @@ def _rope(rope_type: str, **extra: Any) -> dict[str, Any]:
     return {"rope_type": rope_type, "rope_theta": 10000.0, **extra}
 
 
+def _partial(fraction: float) -> dict[str, Any]:
+    return {"rope_parameters": _rope("default", partial_rotary_factor=fraction)}
+
+
+_AT = {"original_max_position_embeddings": ORIGINAL}
 _SHORT = [1.0 + 0.05 * i for i in range(8)]
 _LONG = [1.5 + 0.4 * i for i in range(8)]
-_LONGROPE = _rope(
-    "longrope", factor=4.0, short_factor=_SHORT, long_factor=_LONG, original_max_position_embeddings=ORIGINAL
-)
-_YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=ORIGINAL)
-_LLAMA3 = _rope(
-    "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=ORIGINAL
-)
-_BY_TYPE = {
-    "sliding_attention": _rope("default"),
-    "full_attention": _rope("linear", factor=8.0) | {"rope_theta": 1e6},
-}
-_TYPES = ["sliding_attention", "full_attention"]
-_LLAMA = "LlamaForCausalLM"
+_LINEAR = _rope("linear", factor=4.0)
+_DYNAMIC = _rope("dynamic", factor=4.0)
+_YARN = _rope("yarn", factor=4.0, **_AT)
+_LONGROPE = _rope("longrope", factor=4.0, short_factor=_SHORT, long_factor=_LONG, **_AT)
+_LLAMA3 = _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, **_AT)
+_TYPES = {"layer_types": ["sliding_attention", "full_attention"]}
+_BY_TYPE = {"sliding_attention": _rope("default"), "full_attention": _LINEAR | {"rope_theta": 1e6}}
+_GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "vocab_size": 96}
+_BLOOM = {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 96}
 _FALCON = {key: value for key, value in MHA.items() if key != "intermediate_size"}
+_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+_LLAMA4 = {"intermediate_size_mlp": 64, "moe_layers": [], "no_rope_layers": [1, 0], "use_qk_norm": False}
 
-# name -> (model class, arguments of its config, per layer what `rope_of` should say: kind, layout, R; or None)
+# What `rope_of` should say of a layer: kind, layout and R, or None
 Expected = tuple[str, Layout, int] | None
+
+
+def _half(rotary_dim: int, kind: str = "default") -> Expected:
+    return (kind, "half", rotary_dim)
+
+
+def _pairs(rotary_dim: int) -> Expected:
+    return ("default", "interleaved", rotary_dim)
+
+
+# name -> model class without "ForCausalLM", arguments of its config, what to expect of its two layers
 MODELS: dict[str, tuple[str, dict[str, Any], list[Expected]]] = {
-    "llama": (_LLAMA, TINY, [("default", "half", 16)] * 2),
-    "llama-linear": (
-        _LLAMA,
-        {**TINY, "rope_parameters": _rope("linear", factor=4.0)},
-        [("linear", "half", 16)] * 2,
-    ),
+    "llama": ("Llama", TINY, [_half(16)] * 2),
+    "llama-linear": ("Llama", {**TINY, "rope_parameters": _LINEAR}, [_half(16, "linear")] * 2),
     "llama-dynamic": (
-        _LLAMA,
-        {**TINY, "rope_parameters": _rope("dynamic", factor=4.0), "max_position_embeddings": ORIGINAL},
-        [("dynamic", "half", 16)] * 2,
+        "Llama",
+        {**TINY, "rope_parameters": _DYNAMIC, "max_position_embeddings": ORIGINAL},
+        [_half(16, "dynamic")] * 2,
     ),
-    "llama-yarn": (_LLAMA, {**TINY, "rope_parameters": _YARN}, [("yarn", "half", 16)] * 2),
-    "llama-longrope": (_LLAMA, {**TINY, "rope_parameters": _LONGROPE}, [("longrope", "half", 16)] * 2),
-    "llama-llama3": (_LLAMA, {**TINY, "rope_parameters": _LLAMA3}, [("llama3", "half", 16)] * 2),
-    "qwen3": ("Qwen3ForCausalLM", HEAD, [("default", "half", 32)] * 2),
-    "gemma2": ("Gemma2ForCausalLM", {**HEAD, "layer_types": _TYPES}, [("default", "half", 32)] * 2),
-    "gemma3": (
-        "Gemma3ForCausalLM",
-        {**HEAD, "layer_types": _TYPES, "rope_parameters": _BY_TYPE},
-        [("default", "half", 32), ("linear", "half", 32)],
-    ),
-    "phi3": ("Phi3ForCausalLM", TINY, [("default", "half", 16)] * 2),
-    "phi3-longrope": (
-        "Phi3ForCausalLM",
-        {**TINY, "rope_parameters": _LONGROPE, "original_max_position_embeddings": ORIGINAL},
-        [("longrope", "half", 16)] * 2,
-    ),
-    "nanochat": ("NanoChatForCausalLM", TINY, [("default", "half", 16)] * 2),  # turns backwards
-    "gpt_neox": (
-        "GPTNeoXForCausalLM",
-        {**MHA, "rope_parameters": _rope("default", partial_rotary_factor=0.25)},
-        [("default", "half", 4)] * 2,
-    ),
-    "phi": (
-        "PhiForCausalLM",
-        {**TINY, "rope_parameters": _rope("default", partial_rotary_factor=0.5)},
-        [("default", "half", 8)] * 2,
-    ),
-    "stablelm": (
-        "StableLmForCausalLM",
-        {**TINY, "rope_parameters": _rope("default", partial_rotary_factor=0.25)},
-        [("default", "half", 4)] * 2,
-    ),
-    "nemotron": (
-        "NemotronForCausalLM",
-        {**HEAD, "rope_parameters": _rope("default", partial_rotary_factor=0.5)},
-        [("default", "half", 16)] * 2,
-    ),
-    "olmo2": ("Olmo2ForCausalLM", TINY, [("default", "half", 16)] * 2),
-    "cohere": ("CohereForCausalLM", {**TINY, "use_qk_norm": True}, [("default", "interleaved", 16)] * 2),
-    "cohere2": (
-        "Cohere2ForCausalLM",
-        {**HEAD, "layer_types": _TYPES},
-        [("default", "interleaved", 32), None],
-    ),
-    "gpt-oss": (
-        "GptOssForCausalLM",
-        {
-            **HEAD,
-            "num_local_experts": 2,
-            "num_experts_per_tok": 1,
-            "layer_types": _TYPES,
-            "rope_parameters": _YARN,
-        },
-        [("yarn", "half", 32)] * 2,
-    ),
-    "gptj": (
-        "GPTJForCausalLM",
-        {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 8, "vocab_size": 96},
-        [("default", "interleaved", 8)] * 2,
-    ),
-    "falcon": ("FalconForCausalLM", {**_FALCON, "alibi": False}, [("default", "half", 16)] * 2),
-    "falcon-alibi": ("FalconForCausalLM", {**_FALCON, "alibi": True}, [None, None]),
-    "smollm3": ("SmolLM3ForCausalLM", {**TINY, "no_rope_layers": [1, 0]}, [("default", "half", 16), None]),
-    "glm": ("GlmForCausalLM", HEAD, [("default", "interleaved", 16)] * 2),
-    "glm4": ("Glm4ForCausalLM", HEAD, [("default", "interleaved", 16)] * 2),
-    "llama4": (
-        "Llama4ForCausalLM",
-        {
-            **HEAD,
-            "intermediate_size_mlp": 64,
-            "num_local_experts": 2,
-            "moe_layers": [],
-            "no_rope_layers": [1, 0],
-            "use_qk_norm": False,
-            "attn_temperature_tuning": False,
-        },
-        [("default", "interleaved", 32), None],
-    ),
-    "gpt2": ("GPT2LMHeadModel", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 96}, [None, None]),
-    "bloom": (
-        "BloomForCausalLM",
-        {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 96},
-        [None, None],
-    ),
+    "llama-yarn": ("Llama", {**TINY, "rope_parameters": _YARN}, [_half(16, "yarn")] * 2),
+    "llama-longrope": ("Llama", {**TINY, "rope_parameters": _LONGROPE}, [_half(16, "longrope")] * 2),
+    "llama-llama3": ("Llama", {**TINY, "rope_parameters": _LLAMA3}, [_half(16, "llama3")] * 2),
+    "qwen3": ("Qwen3", HEAD, [_half(32)] * 2),
+    "gemma2": ("Gemma2", {**HEAD, **_TYPES}, [_half(32)] * 2),
+    "gemma3": ("Gemma3", {**HEAD, **_TYPES, "rope_parameters": _BY_TYPE}, [_half(32), _half(32, "linear")]),
+    "phi3": ("Phi3", TINY, [_half(16)] * 2),
+    "phi3-longrope": ("Phi3", {**TINY, "rope_parameters": _LONGROPE, **_AT}, [_half(16, "longrope")] * 2),
+    "nanochat": ("NanoChat", TINY, [_half(16)] * 2),  # turns backwards
+    "gpt_neox": ("GPTNeoX", {**MHA, **_partial(0.25)}, [_half(4)] * 2),
+    "phi": ("Phi", {**TINY, **_partial(0.5)}, [_half(8)] * 2),
+    "stablelm": ("StableLm", {**TINY, **_partial(0.25)}, [_half(4)] * 2),
+    "nemotron": ("Nemotron", {**HEAD, **_partial(0.5)}, [_half(16)] * 2),
+    "olmo2": ("Olmo2", TINY, [_half(16)] * 2),
+    "cohere": ("Cohere", {**TINY, "use_qk_norm": True}, [_pairs(16)] * 2),
+    "cohere2": ("Cohere2", {**HEAD, **_TYPES}, [_pairs(32), None]),
+    "gpt-oss": ("GptOss", {**HEAD, **_EXPERTS, **_TYPES, "rope_parameters": _YARN}, [_half(32, "yarn")] * 2),
+    "gptj": ("GPTJ", {**_GPT, "rotary_dim": 8}, [_pairs(8)] * 2),
+    "falcon": ("Falcon", {**_FALCON, "alibi": False}, [_half(16)] * 2),
+    "falcon-alibi": ("Falcon", {**_FALCON, "alibi": True}, [None, None]),
+    "smollm3": ("SmolLM3", {**TINY, "no_rope_layers": [1, 0]}, [_half(16), None]),
+    "glm": ("Glm", HEAD, [_pairs(16)] * 2),
+    "glm4": ("Glm4", HEAD, [_pairs(16)] * 2),
+    "llama4": ("Llama4", {**HEAD, **_EXPERTS, **_LLAMA4}, [_pairs(32), None]),
+    "gpt2": ("GPT2", _GPT, [None, None]),
+    "bloom": ("Bloom", _BLOOM, [None, None]),
 }
 ROTARY = [name for name, (_, _, layers) in MODELS.items() if any(layers)]
 NORM_AFTER = ("nanochat",)  # a norm without weights follows the rotation: directions are what can be compared
@@ -166,8 +118,8 @@ MAX_POSITION = {"gptj": 500, "gpt2": 500}  # models with a table
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A random model; norms are far from 1, so that a norm between projection and rotation can't hide."""
-    model_class, options, _ = MODELS[name]
-    cls = getattr(transformers, model_class)
+    family, options, _ = MODELS[name]
+    cls = getattr(transformers, f"{family}LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -178,10 +130,8 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return model.to(dtype).eval()
 
 
-def record(
-    model: Any, position: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> dict[int, tuple[Tensor | None, Tensor]]:
-    """One forward on tokens at `position` [B, n]; -> per layer keys before rotation (None: no rotation) and as cached.
+def record(model: Any, position: Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[Tensor | None, Tensor]]:
+    """One forward on tokens at `position` [B, n]; -> per layer keys before (or None) and after rotation.
 
     What the modeling file's own rotation function was given is what it rotated; it's [B, H, n, R or D] here.
     """
@@ -231,7 +181,7 @@ def test_rotates_as_the_model_does(name: str, far: bool, monkeypatch: pytest.Mon
     model = build(name)
     if far:
         rope_of(model, 0)  # what is asked later has to follow frequencies that change
-    # two rows at different positions, as under left padding; below or beyond the length that changes frequencies
+    # two rows at different positions, as under left padding; frequencies change between near and far
     n = 24
     start = min(FAR, MAX_POSITION.get(name, FAR) - 2 * n) if far else 0
     position = start + torch.arange(n) + torch.tensor([[0], [7]])
@@ -248,9 +198,7 @@ def test_rotates_as_the_model_does(name: str, far: bool, monkeypatch: pytest.Mon
         assert rope.varies == (rope.kind in ("dynamic", "longrope"))
         assert rope.inv_freq.dtype == torch.float32 and rope.inv_freq.shape == (rope.rotary_dim // 2,)
         assert pre is not None
-        pre = torch.cat(
-            (pre, post[..., pre.shape[-1] :]), -1
-        )  # some functions get only the channels that turn
+        pre = torch.cat((pre, post[..., pre.shape[-1] :]), -1)  # some are given only the channels that turn
         if name in NORM_AFTER:
             pre, post = (F.normalize(t, dim=-1) for t in (pre, post))
         at = position[:, None]
@@ -263,7 +211,7 @@ def test_rotates_as_the_model_does(name: str, far: bool, monkeypatch: pytest.Mon
 @pytest.mark.exactness
 @pytest.mark.parametrize("name", ROTARY)
 def test_low_precision_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rounding of bf16 models is followed bit by bit; un-rotating costs no more than rounding its result."""
+    """The rounding of bf16 models is followed bit by bit; un-rotating costs little more than that."""
     model = build(name, torch.bfloat16)
     position = torch.arange(20)[None] + 30
     for layer, (pre, post) in record(model, position, monkeypatch).items():
@@ -292,15 +240,11 @@ def test_probing_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> 
         assert rope is not None and torch.equal(rope.inv_freq, values)
         assert rotary.inv_freq is buffer and torch.equal(buffer, values)
         assert getattr(rotary, "max_seq_len_cached", None) == longest
-        assert (
-            set(rotary._non_persistent_buffers_set) >= {"inv_freq"} and "inv_freq" not in rotary.state_dict()
-        )
+        assert set(rotary._non_persistent_buffers_set) >= {"inv_freq"} and "inv_freq" not in rotary.state_dict()
         assert model.training and not model.model.embed_tokens.training
         record(model, torch.arange(8)[None], monkeypatch)
         now = rope_of(model, 1)
-        assert now is not None and not torch.equal(now.inv_freq, rope.inv_freq), (
-            "a snapshot of the present frequencies"
-        )
+        assert now is not None and not torch.equal(now.inv_freq, rope.inv_freq), "a snapshot of the present frequencies"
 
 
 def test_a_probe_is_made_once_per_model_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,9 +255,7 @@ def test_a_probe_is_made_once_per_model_and_dtype(monkeypatch: pytest.MonkeyPatc
     assert len(calls) == 1
     low = rope_of(model.to(torch.bfloat16), 0)
     assert len(calls) == 2 and low is not None
-    assert torch.equal(low.inv_freq, model.model.rotary_emb.inv_freq.float()), (
-        "as cast together with the model"
-    )
+    assert torch.equal(low.inv_freq, model.model.rotary_emb.inv_freq.float()), "as cast together with the model"
 
 
 def test_refusals() -> None:
@@ -374,9 +316,7 @@ def test_shift_moves_keys(shape: Any, seed: int, p: int, q: int, scaling: float)
     rope, x = _some(*shape, scaling=scaling), _keys(seed)
     old, new = rope.rotate(x, p), rope.rotate(x, q)
     assert relative(rope.shift(old, q - p, position=p), new) < 1e-6
-    bound = 1e-6 + 2**-24 * (
-        p + q
-    )  # the model's two fp32 angles are off by half a unit in the last place each
+    bound = 1e-6 + 2**-24 * (p + q)  # the model's two fp32 angles are off by half a unit in the last place each
     error = (rope.shift(old, q - p) - new).norm(dim=-1) / new.norm(dim=-1)
     assert float(error.max()) < bound
 
@@ -415,9 +355,7 @@ def test_positions_broadcast_and_other_channels_pass() -> None:
     assert torch.equal(rope.rotate(x, rows)[1], rope.rotate(x[1], p + 2))
     heads = torch.arange(15).reshape(3, 5)
     assert torch.equal(rope.shift(x, heads)[:, 2], rope.shift(x[:, 2], heads[2]))
-    assert torch.equal(rope.rotate(x, p)[..., :4], x[..., :4]) and torch.equal(
-        rope.rotate(x, p)[..., 12:], x[..., 12:]
-    )
+    assert torch.equal(rope.rotate(x, p)[..., :4], x[..., :4]) and torch.equal(rope.rotate(x, p)[..., 12:], x[..., 12:])
     assert not torch.equal(rope.rotate(x, p)[..., 4:12], x[..., 4:12])
 
 

@@ -68,7 +68,7 @@ def _mask(**arguments: Any) -> Any:
     config = arguments.get("config")
     cache = asked[0]() if asked is not None else None
     sizes = (arguments["q_length"], arguments["kv_length"])
-    if cache is None or cache.config is not config or asked[1:] != sizes:
+    if asked is None or cache is None or cache.config is not config or asked[1:] != sizes:
         stock = _stock(config)
         return ALL_MASK_ATTENTION_FUNCTIONS[stock](**arguments) if stock in ALL_MASK_ATTENTION_FUNCTIONS else None
     return LazyMask(arguments, cache)

@@ -124,7 +124,7 @@ def _attend_segment(
             return [reference.dense(q, k, v, logits.scale, bias=bias)], None
         return [reference.blocked(q, k, v, logits.scale, False, bias, logits.softcap)], None
     parts: list[tuple[Tensor, Tensor]] = []
-    by_hand = emit or logits.softcap is not None or bias is not None or 0 < n - coded <= SMALL and coded > 0
+    by_hand = emit or logits.softcap is not None or bias is not None or (0 < n - coded <= SMALL and coded > 0)
     split, s = n if by_hand else coded, None
     if split:
         s = logits.cap(_dots(q, segment, logits.scale, split))

@@ -193,7 +193,8 @@ class KVCache(Cache):
         return f"KVCache({self.recipe.name!r}, tokens={self.get_seq_length()}, {self.nbytes:,} bytes)"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
-        twin = copy.copy(self)
+        twin = KVCache.__new__(KVCache)
+        twin.__dict__.update(self.__dict__)
         memo[id(self)] = twin
         twin.layers = []
         for layer in self.layers:
@@ -207,7 +208,9 @@ class KVCache(Cache):
         return twin
 
     def __reduce__(self) -> Any:
-        raise CacheError("a KVCache is not pickled: it holds a model's registration. Save the text, or keep the process.")
+        raise CacheError(
+            "a KVCache is not pickled: it holds a model's registration. Save the text, or keep the process."
+        )
 
     def refine(self, site: Site, shape: tuple[int, int, int, torch.dtype]) -> Site:
         """The site with the shape that the model really has, checked again before anything is stored."""
@@ -218,7 +221,7 @@ class KVCache(Cache):
         return found
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        sizes = super().get_mask_sizes(query_length, layer_idx)
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         attach.announce(self, query_length, sizes[0])
         return sizes
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from kvloom.core.cache import Update
+    from kvloom.core.update import Update
 
 __all__ = ["Handle"]
 
-_SHAPE = {Tensor.shape.__get__, Tensor.size, Tensor.dim, Tensor.ndim.__get__, Tensor.dtype.__get__, Tensor.device.__get__}
+_SHAPE = {Tensor.size, Tensor.dim} | {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device")}
 
 
 class Handle(Tensor):
@@ -47,12 +47,14 @@ class Handle(Tensor):
             if found is not None:
                 return found
         elif func in _SHAPE:
-            return super().__torch_function__(func, types, args, kwargs)
-        real = torch.utils._pytree.tree_map(lambda x: x.update.tensor(x.which) if isinstance(x, Handle) else x, (args, kwargs))
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        real = torch.utils._pytree.tree_map(
+            lambda x: x.update.tensor(x.which) if isinstance(x, Handle) else x, (args, kwargs)
+        )
         return func(*real[0], **real[1])
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         real = torch.utils._pytree.tree_map(
             lambda x: x.update.tensor(x.which) if isinstance(x, Handle) else x, (args, kwargs or {})
         )

@@ -75,7 +75,7 @@ class Layer:
                 for s in logs.values():
                     s.sub_(group.pick(lse.unflatten(0, (k.shape[0], -1)))).exp_()
         if policy is not None or self.defer or self._codes:
-            rows = folded if queries < 0 and not emit or self._fits else folded[:, :, :0]
+            rows = folded if (queries < 0 and not emit) or self._fits else folded[:, :, :0]
             held = lse.unflatten(0, (k.shape[0], -1)) if queries < 0 else lse[:, :0].unflatten(0, (k.shape[0], -1))
             self._pending = _Pending(rows, held, first, phase, logits, seen if emit else None)
             if not self.defer:

@@ -33,10 +33,14 @@ def save(path: str | Path, model: PreTrainedModel, recipe: str, tensors: dict[st
         raise
 
 
-def load(path: str | Path, model: PreTrainedModel, recipe: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def load(
+    path: str | Path, model: PreTrainedModel, recipe: str, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
     """Reads a profile made for this model and recipe, with tensors of these shapes. Raises ProfileError otherwise."""
     if not Path(path).is_file():
-        raise ProfileError(f"profile={str(path)!r} is no file. Make one with: kvloom calibrate MODEL --recipe {recipe} -o FILE")
+        raise ProfileError(
+            f"profile={str(path)!r} is no file. Make one with: kvloom calibrate MODEL --recipe {recipe} -o FILE"
+        )
     try:
         with safe_open(str(path), framework="pt") as file:
             about = file.metadata() or {}
@@ -53,5 +57,7 @@ def load(path: str | Path, model: PreTrainedModel, recipe: str, shapes: dict[str
     for name, shape in shapes.items():
         if name not in tensors or tuple(tensors[name].shape) != shape:
             held = tuple(tensors[name].shape) if name in tensors else "nothing"
-            raise ProfileError(f"profile={str(path)!r} holds {held} for {name!r} where {shape} is needed. Make it again.")
+            raise ProfileError(
+                f"profile={str(path)!r} holds {held} for {name!r} where {shape} is needed. Make it again."
+            )
     return tensors

@@ -32,7 +32,8 @@ class Scorer(Protocol):
     `queries`: how many of the newest queries it looks at (0: none, -1: all of this forward).
     """
 
-    queries: int
+    @property
+    def queries(self) -> int: ...
 
     def __call__(self, step: Step, table: Table) -> Tensor: ...
 
@@ -56,8 +57,11 @@ class Placement(Protocol):
     `moves`: classes that slots are moved to. `least`: slots that are always kept.
     """
 
-    scope: Scope
-    moves: tuple[str, ...]
+    @property
+    def scope(self) -> Scope: ...
+
+    @property
+    def moves(self) -> tuple[str, ...]: ...
 
     @property
     def least(self) -> int: ...
@@ -162,7 +166,7 @@ def compose(a: Recipe, b: Recipe) -> Recipe:
             f"{name}: both {a.name} and {b.name} decide which tokens to keep. "
             "Compose one placement with one codec, for example 'snapkv(budget=1024) | kivi(bits=4)'."
         )
-    placed, stored = (b, a) if b.policy or not a.policy and len(b.kinds) > 1 else (a, b)
+    placed, stored = (b, a) if b.policy or (not a.policy and len(b.kinds) > 1) else (a, b)
     mine, its = placed.kinds["main"], stored.kinds["main"]
     if not mine.exact and not its.exact:
         raise RecipeError(f"{name}: both {a.name} and {b.name} decide how kept tokens are stored. Keep one of them.")

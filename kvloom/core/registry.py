@@ -30,7 +30,9 @@ def recipe(card: Card) -> Callable[[Factory], Factory]:
         def build(*args: Any, **kwargs: Any) -> Recipe:
             names = [option.name for option in options]
             if len(args) > len(names):
-                raise RecipeError(f"{card.name} takes at most {len(names)} options ({', '.join(names)}), got {len(args)}.")
+                raise RecipeError(
+                    f"{card.name} takes at most {len(names)} options ({', '.join(names)}), got {len(args)}."
+                )
             given = dict(zip(names, args, strict=False))
             for name in kwargs:
                 if name not in names:

@@ -1,8 +1,8 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864) of one attention layer, as data.
 
-There is no table of model families here. `rope_of` asks the model: it reads a token at several positions, and what
-its layers cache is compared with the rotations that its frequency buffers allow (which channels pair up, which
-part of a head turns, which way, how the arithmetic rounds): an answer proven on the weights in use.
+There is no table of model families here. `rope_of` asks the model: it reads a token at several positions, and
+what its layers cache is compared with the rotations that its frequency buffers allow (which channels pair up,
+which part of a head turns, which way, how the arithmetic rounds): an answer proven on the weights in use.
 """
 
 from __future__ import annotations
@@ -29,26 +29,18 @@ Rounding = Literal["all", "table", "none"]
 class Rope:
     """How one layer rotates keys and queries: channels `offset : offset + rotary_dim` turn, the others pass.
 
-    A pre-RoPE key is what the layer would cache at position 0, but for `scaling`. In nearly all models that is the
-    output of `k_proj`, after the key norm if there is one.
+    A pre-RoPE key is what the layer would cache at position 0, but for `scaling`. In nearly all models that
+    is the output of `k_proj`, after the key norm if there is one.
     """
 
-    inv_freq: Tensor
-    """Radians per token, fp32 [rotary_dim / 2], as now in use (a copy). Negative if the model turns backwards."""
-    layout: Layout
-    """Which of the R rotated channels pair up: (i, i + R/2) for "half", (2i, 2i + 1) for "interleaved"."""
-    rotary_dim: int
-    """R <= D."""
-    offset: int = 0
-    """The first rotated channel: 0, except where a family turns the last channels of a head."""
-    scaling: float = 1.0
-    """Factor on cos and sin (YaRN, longrope): the rotated channels of cached keys are `scaling` times as long."""
-    kind: str = "default"
-    """What transformers calls it: default, linear, dynamic, yarn, longrope, llama3, proportional, ..."""
-    varies: bool = False
-    """Frequencies follow the text's length (dynamic, longrope): call `rope_of` again after each forward."""
-    rounding: Rounding = "all"
-    """What the model rounds to its dtype: cos, sin, each product ("all"), cos, sin ("table"), the result ("none")."""
+    inv_freq: Tensor  # fp32 [R/2], radians per token, as now in use (a copy); negative if it turns backwards
+    layout: Layout  # which of the R rotated channels pair up: "half" (i, i + R/2), "interleaved" (2i, 2i + 1)
+    rotary_dim: int  # R <= D
+    offset: int = 0  # the first rotated channel; not 0 where a family turns the last channels of a head
+    scaling: float = 1.0  # factor on cos and sin (YaRN, longrope)
+    kind: str = "default"  # as transformers calls it: linear, dynamic, yarn, longrope, llama3, ...
+    varies: bool = False  # frequencies follow the text's length: call `rope_of` again after each forward
+    rounding: Rounding = "all"  # to the model's dtype: cos, sin and products; cos and sin; or the result only
 
     def rotate(self, x: Tensor, position: Tensor | int) -> Tensor:
         """Pre-RoPE keys -> keys as the model caches them, with its own fp32 angles, rounding and `scaling`.
@@ -56,32 +48,32 @@ class Rope:
         x: [..., n, D] in the model's dtype; position: integers broadcastable to [..., n]. -> like x.
         """
         cos, sin = self._table(x, position)
-        return self._turn(x, cos, sin, x.dtype if self.rounding == "all" else _wide(x))
+        return self._turn(x, cos, sin, x.dtype if self.rounding == "all" else torch.float32)
 
     def unrotate(self, x: Tensor, position: Tensor | int) -> Tensor:
-        """Keys cached at `position` -> pre-RoPE keys, like x: the inverse of `rotate`, with the same arguments.
+        """Keys cached at `position` -> pre-RoPE keys: the inverse of `rotate`, with the same arguments.
 
-        Computes in fp32; error on fp32 keys at any position: 4e-7 of the largest entry. x has to come in the dtype
-        in which the model computed it, since the model rounded cos and sin to that one.
+        x has to come in the dtype in which the model computed it, since cos and sin were rounded to that one.
+        Computes in fp32; error on fp32 keys, at any position: 3e-7 of the largest entry.
         """
-        cos, sin = (t.to(_wide(x)) for t in self._table(x, position))
+        cos, sin = (t.float() for t in self._table(x, position))
         square = cos * cos + sin * sin  # scaling², or not quite if rounded: inverts the very matrix applied
-        return self._turn(x, cos / square, -sin / square, _wide(x))
+        return self._turn(x, cos / square, -sin / square)
 
     def shift(self, x: Tensor, delta: Tensor | int, position: Tensor | int | None = None) -> Tensor:
         """Keys cached at position p -> the same keys at p + delta; or queries turned by delta. Norms stay.
 
-        x: [..., n, D] post-RoPE; delta, position: integers broadcastable to [..., n]. -> like x (by 0: equal to x).
-        Angles in float64, the rest in fp32. The model's own angles are fp32 products, each off by up to 2**-24 of
-        itself, so without `position` the result is within 6e-8 * (p + |p + delta|), relative to the norm, of what
-        the model would have cached (4e-3 at 32k, if all of the norm is in the worst channel). Given p as
-        `position`, those errors are followed, and the two agree within 1e-6 anywhere.
+        x: [..., n, D] post-RoPE; delta, position: integers broadcastable to [..., n]. -> like x.
+        Angles in float64, the rest in fp32; by 0 gives x. The model's own angles are fp32 products, each off
+        by up to 2**-24 of itself. So without `position` the result is within 6e-8 * (p + |p + delta|) of what
+        the model would have cached, relative to the norm (measured: 2e-4 below 32k). Given p as `position`,
+        those errors are followed, and the two agree within 1e-6 anywhere.
         ModelError: the frequencies vary with the text's length, so no rotation leads from p to p + delta.
         """
         if self.varies:
             raise ModelError(
-                f"shift(delta=...): frequencies of {self.kind!r} RoPE change with the length of the text, so no "
-                "rotation moves cached keys; recompute them, or give the model a fixed kind such as 'yarn'"
+                f"shift(delta=...): frequencies of {self.kind!r} RoPE change with the length of the text, so "
+                "no rotation moves cached keys; recompute them, or give the model a fixed kind such as 'yarn'"
             )
         delta = torch.as_tensor(delta, device=x.device)
         if position is None:
@@ -89,19 +81,17 @@ class Rope:
         else:
             position = torch.as_tensor(position, device=x.device)
             angle = self._angle(position + delta).double() - self._angle(position).double()
-        return self._turn(x, angle.cos().to(_wide(x)), angle.sin().to(_wide(x)), _wide(x))
+        return self._turn(x, angle.cos().float(), angle.sin().float())
 
     def _angle(self, position: Tensor) -> Tensor:
-        return position.float()[..., None] * self.inv_freq.to(
-            position.device
-        )  # one fp32 product, as in the models
+        return position.float()[..., None] * self.inv_freq.to(position.device)  # one fp32 product, as in the models
 
     def _table(self, x: Tensor, position: Tensor | int) -> tuple[Tensor, Tensor]:
         angle = self._angle(torch.as_tensor(position, device=x.device))
         cos, sin = angle.cos() * self.scaling, angle.sin() * self.scaling
         return (cos, sin) if self.rounding == "none" else (cos.to(x.dtype), sin.to(x.dtype))
 
-    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Multiplies each pair (a, b) by [[cos, -sin], [sin, cos]] in `dtype`; cos and sin: [..., n, R/2]."""
         end, half = self.offset + self.rotary_dim, self.layout == "half"
         part = x[..., self.offset : end].to(dtype)
@@ -112,13 +102,7 @@ class Rope:
         return turned if whole else torch.cat((x[..., : self.offset], turned, x[..., end:]), -1)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-_Source = tuple[
-    nn.Module, str, int
-]  # a module, the name of its frequency buffer, 1 or -1 for the way it turns
+_Source = tuple[nn.Module, str, int]  # a module, the name of its frequency buffer, 1 or -1: which way it turns
 _Fit = tuple[_Source | None, Rope]  # without a source, the frequencies are the textbook's
 _Found = _Fit | str | None  # a layer doesn't rotate (None), or why no rotation fits (str)
 _found: WeakKeyDictionary[nn.Module, tuple[torch.dtype, dict[int, _Found]]] = WeakKeyDictionary()
@@ -128,12 +112,12 @@ def rope_of(model: nn.Module, layer: int) -> Rope | None:
     """How attention layer `layer` (0-based) of a transformers model rotates its keys; None if it doesn't.
 
     None means NoPE, ALiBi, learned or relative positions, or a layer that caches no keys of its own (linear
-    attention, keys shared with another layer). The first call on a model runs its decoder on 6 rows of one token
-    (twice if frequencies vary) and leaves no trace; later calls copy the frequencies now in use. Models with
-    several position axes (images in Qwen2-VL) are described for text, where the axes agree.
+    attention, keys shared with another layer). The first call on a model runs its decoder on 6 rows of one
+    token (twice if frequencies vary) and leaves no trace; later calls copy the frequencies now in use. Models
+    with several position axes (images in Qwen2-VL) are described for text, where the axes agree.
 
-    ModelError: no such layer, weights on the meta device, a decoder that can't be run on token ids alone, or keys
-    that depend on the position in another way than a rotation by the model's frequencies.
+    ModelError: no such layer, weights on the meta device, a decoder that can't be run on token ids alone, or
+    keys that depend on the position in another way than a rotation by the model's frequencies.
     """
     dtype = next(model.parameters()).dtype  # decides `rounding`
     if model not in _found or _found[model][0] != dtype:
@@ -151,27 +135,22 @@ def rope_of(model: nn.Module, layer: int) -> Rope | None:
 
 def _probe(model: nn.Module) -> dict[int, _Found]:
     decoder: Any = model.get_decoder() if isinstance(model, PreTrainedModel) else model
-    if not isinstance(decoder, PreTrainedModel):  # in some models it's the name of the output layer
-        decoder = model.base_model
+    decoder = decoder if isinstance(decoder, PreTrainedModel) else model.base_model  # ModernBERT's: its head
     config, name = decoder.config.get_text_config(decoder=True), f"model={type(model).__name__}"
     if next(decoder.parameters()).is_meta:
         raise ModelError(f"{name}: its weights are on the meta device; load them before asking for its RoPE")
     sources = _sources(decoder)
     found: dict[int, _Found] = dict.fromkeys(range(config.num_hidden_layers))
-    if "position_ids" not in inspect.signature(decoder.forward).parameters:
-        unknown = (
-            f"{name}: it rotates keys, but takes no position_ids" if sources else None
-        )  # else ALiBi and such
-        return dict.fromkeys(found, unknown)
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:  # without frequencies, it's ALiBi
+        reason = f"{name}: it rotates keys, but takes no position_ids to probe that with"
+        return dict.fromkeys(found, reason if sources else None)
 
-    # Frequencies may change at any of these lengths. Half of one is far enough for slow channels to turn.
+    # Frequencies may change at these lengths (of each layer type). Half of one lets slow channels turn, too.
     params = getattr(config, "rope_parameters", None) or {}
-    nested = [
-        p for p in (params, *params.values()) if isinstance(p, dict)
-    ]  # one per layer type, in some models
-    lengths = [p.get("original_max_position_embeddings") or 512 for p in nested]
+    nested = [p for p in (params, *params.values()) if isinstance(p, dict)]
+    lengths = [512, *(p.get("original_max_position_embeddings") or 512 for p in nested)]
     lengths.append(getattr(config, "max_position_embeddings", None) or 512)
-    near, far = min([512, *lengths]) // 2, 2 * max(lengths)
+    near, far = min(lengths) // 2, 2 * max(lengths)
     pad, rotary_dim = getattr(config, "pad_token_id", None), getattr(config, "rotary_dim", None)
     tokens = [t for t in range(config.vocab_size // 2, config.vocab_size) if t != pad][:2]
     ids = torch.tensor(tokens).repeat_interleave(3)
@@ -183,7 +162,7 @@ def _probe(model: nn.Module) -> dict[int, _Found]:
             except Exception as error:  # whatever a model's own code raises
                 raise ModelError(f"{name}: can't run it on token ids and positions: {error!r}") from error
             for i, (key, value) in keys.items():
-                if not isinstance(found[i], str):
+                if not isinstance(found.get(i), str):
                     found[i] = _fit(key, value, at, sources, rotary_dim, f"{name}: layer {i}")
     return found
 
@@ -212,7 +191,7 @@ def _read(source: _Source) -> Rope:
 
 @contextmanager
 def _undisturbed(decoder: nn.Module, sources: list[_Source]) -> Iterator[None]:
-    """Runs a probe in eval mode; leaves training flags and frequencies (which follow the text) as they were."""
+    """Runs a probe in eval mode; leaves training flags and frequencies as they were."""
     training = [m for m in decoder.modules() if m.training]
     state = {m: {**vars(m), "_buffers": dict(m._buffers)} for m, _, _ in sources}
     buffers = [(b, b.clone()) for m in state for b in m.buffers(recurse=False)]
@@ -250,19 +229,15 @@ def _run(decoder: Any, ids: Tensor, position: Tensor, cache: Any) -> dict[int, t
     return seen
 
 
-def _fit(
-    k: Tensor, v: Tensor, at: Tensor, sources: list[_Source], rotary_dim: int | None, where: str
-) -> _Found:
-    """The rotation that leads from the keys at position 0 to those of other rows. k, v: [6, H, 1, D]; at: [6]."""
+def _fit(k: Tensor, v: Tensor, at: Tensor, sources: list[_Source], rotary_dim: int | None, where: str) -> _Found:
+    """The rotation that leads from keys at position 0 to those of other rows. k, v: [6, H, 1, D]; at: [6]."""
     first, at, dim = [0, 0, 0, 3, 3, 3], at[:, None, None].to(k.device), k.shape[-1]
     tolerance = max(1e-4, 4 * torch.finfo(k.dtype).eps)
 
     def miss(found: Tensor, true: Tensor) -> float:
         return float((found - true).abs().amax() / true.abs().amax())
 
-    moved = (
-        miss(v[first], v) > tolerance
-    )  # positions enter with the embeddings, or the cache is of another kind
+    moved = miss(v[first], v) > tolerance  # positions enter with the embeddings, or v is no value
     if miss(k[first], k) <= tolerance / 4:
         return f"{where} caches rotated channels apart from its keys (latent)" if moved and sources else None
     bases: list[_Fit] = [(source, _read(source)) for source in sources]

@@ -52,7 +52,9 @@ def _route(step: Step, table: Table, route: Tensor) -> list[Group]:
 
 def _where(mask: Tensor) -> Tensor:
     """Positions of the True entries of [h, n], equally many in each row: [h, r]."""
-    return mask.nonzero()[:, 1].unflatten(0, (len(mask), -1)) if bool(mask.any()) else mask.new_zeros(len(mask), 0).long()
+    return (
+        mask.nonzero()[:, 1].unflatten(0, (len(mask), -1)) if bool(mask.any()) else mask.new_zeros(len(mask), 0).long()
+    )
 
 
 def _signature(step: Step, table: Table, route: Tensor) -> Tensor:

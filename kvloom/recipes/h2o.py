@@ -34,7 +34,12 @@ def h2o(budget: int | float | str = 0.2, window: int | float = 0.5) -> Recipe:
         budget: slots kept: tokens, a ratio of the prompt, or bytes ("64MiB").
         window: newest tokens among them: a number, or a share of the budget.
     """
-    if isinstance(window, bool) or not isinstance(window, int | float) or window < 0 or (isinstance(window, float) and window > 1):
+    if (
+        isinstance(window, bool)
+        or not isinstance(window, int | float)
+        or window < 0
+        or (isinstance(window, float) and window > 1)
+    ):
         raise RecipeError(f"window={window!r} must be a number of tokens, or a share of the budget up to 1.0.")
     size, place = Tokens(budget), Keep(newest=window)
     size.check(max(1, place.least))

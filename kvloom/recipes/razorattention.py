@@ -81,7 +81,9 @@ def razorattention(
     def prepare(model: PreTrainedModel) -> Recipe:
         heads = _retrieval_heads(_scores(model, profile), echo, induction, model)
         place = _Local(sinks=sinks, to="mean", retrieval=heads)
-        size = _LocalSize(budget or 1.0, sinks=sinks, window=window, share=share, retrieval=heads, given=budget is not None)
+        size = _LocalSize(
+            budget or 1.0, sinks=sinks, window=window, share=share, retrieval=heads, given=budget is not None
+        )
         policy = {"prompt": Policy(size, place), "decode": Policy(size, place, every=EVERY)}
         return Recipe("razorattention", policy, kinds)
 

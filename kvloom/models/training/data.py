@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def tokenize_file(path: Path, tokenizer: Any, chat: bool = False, block: int = 4
 
 
 def build_cache(tokenizer: Any, cache: Path) -> dict[str, np.ndarray]:
-    """Token arrays per kind ("gutenberg", "wikipedia", "chat"), tokenised on the first call, then memory-mapped."""
+    """Token arrays per kind ("gutenberg", "wikipedia", "chat"), tokenised on the first call."""
     cache.mkdir(parents=True, exist_ok=True)
     kinds: dict[str, list[np.ndarray]] = {}
     for path in sorted(data_folder().glob("*_0?.txt")):
@@ -192,9 +193,7 @@ class Source:
         needles = [" " + needle for fact in facts for needle in fact.needles]
         turns = [f"<|user|>{q.text}{EOS}<|assistant|>" for q in questions]
         turns[0] = f"{after}{EOS}<|assistant|>"
-        coded = self.encode(
-            [f"{BOS}<|user|>{before}", *needles, *turns, *(f" {q.answer}{EOS}" for q in questions)]
-        )
+        coded = self.encode([f"{BOS}<|user|>{before}", *needles, *turns, *(f" {q.answer}{EOS}" for q in questions)])
         head, needle_ids = coded[0], coded[1 : 1 + len(needles)]
         turn_ids, answer_ids = coded[1 + len(needles) : -len(turns)], coded[-len(turns) :]
         budget = length + 1 - len(head) - sum(map(len, needle_ids))
@@ -211,7 +210,7 @@ class Source:
         order = [i for i, fact in enumerate(facts) for _ in fact.needles]
         rng.shuffle(order)
         starts = np.cumsum([0, *(len(f.needles) for f in facts)])
-        queues = [iter(needle_ids[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
+        queues = [iter(needle_ids[a:b]) for a, b in pairwise(starts)]
         ids: list[np.ndarray | list[int]] = [head]
         weights = [np.zeros(len(head))]
         keep = np.array([1.0 if rng.random() < HAY_SHARE else 0.0 for _ in range(len(hay))])

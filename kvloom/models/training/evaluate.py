@@ -57,7 +57,7 @@ def answers_right(model: Any, tokenizer: Any, sample: Sample) -> list[bool]:
     for prompt, question in zip(prompts, sample.questions, strict=True):
         answer = tokenizer.encode(f" {question.answer}{EOS}", add_special_tokens=False)
         if past is not None:
-            past.crop(shared)
+            past.crop(shared - past.get_seq_length())  # negative: tokens to take off the end
         rest = prompt[shared:] if past is not None else prompt
         ids = torch.tensor([rest + answer[:-1]])
         out = model(ids, past_key_values=past, use_cache=shared > 0, logits_to_keep=len(answer))
@@ -76,7 +76,7 @@ def recall_counts(
     tasks: Sequence[str],
     **options: Any,
 ) -> dict[str, int]:
-    """Exact matches of ``prompts`` per task at ``length`` tokens; the tasks with several needles share documents."""
+    """Exact matches of ``prompts`` per task at ``length`` tokens; several-needle tasks share documents."""
 
     def count(text: str) -> int:
         return len(tokenizer.encode(text, add_special_tokens=False))
@@ -125,10 +125,7 @@ def quick_recall(model: TrainLlama, source: Source, length: int, count: int = 24
                 rng = random.Random(f"quick/{task}/{seed}")
                 facts, questions = task_plan(task, rng, "held-out", wording)
                 before, after = (
-                    wordings(wording)
-                    .frame(rng, False)
-                    .replace("{question}", questions[0].text)
-                    .split("{document}")
+                    wordings(wording).frame(rng, False).replace("{question}", questions[0].text).split("{document}")
                 )
                 needles = [" " + needle for fact in facts for needle in fact.needles]
                 head, *middle, tail, answer = source.encode(
@@ -158,23 +155,15 @@ def main() -> None:
     """Command line: prints Markdown tables."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(PACKAGE / "nano"), help="folder for from_pretrained")
     parser.add_argument("--prompts", type=int, default=200, help="prompts a cell")
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="tokens of a prompt"
-    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="tokens of a prompt")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
     parser.add_argument("--wordings", nargs="+", default=["train", "held-out"], choices=["train", "held-out"])
-    parser.add_argument(
-        "--question-first", action="store_true", help="ask before the document instead of after it"
-    )
+    parser.add_argument("--question-first", action="store_true", help="ask before the document instead of after it")
     parser.add_argument("--text", type=Path, default=SHIPPED_TEXT, help="text to plant facts in")
-    parser.add_argument(
-        "--windows", type=int, nargs="*", default=[4096, 8192], help="tokens, for bits per byte"
-    )
+    parser.add_argument("--windows", type=int, nargs="*", default=[4096, 8192], help="tokens, for bits per byte")
     parser.add_argument("--tokens", type=int, default=131072, help="tokens per file for bits per byte")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -195,9 +184,7 @@ def main() -> None:
         for length in args.lengths:
             for wording in args.wordings:
                 options = {"question_first": args.question_first}
-                right = recall_counts(
-                    model, tokenizer, haystack, length, args.prompts, wording, args.tasks, **options
-                )
+                right = recall_counts(model, tokenizer, haystack, length, args.prompts, wording, args.tasks, **options)
                 cells = []
                 for task in args.tasks:
                     low, high = wilson(right[task], args.prompts)
@@ -207,15 +194,11 @@ def main() -> None:
     files = [Path(root) / "text" / f"{name}_val.txt" for name in ("gutenberg", "wikipedia")] if root else []
     files = [path for path in files if path.exists()] or [args.text]
     if args.windows:
-        print(
-            "\nBits per byte\n\n| text | " + " | ".join(f"windows of {w} tokens" for w in args.windows) + " |"
-        )
+        print("\nBits per byte\n\n| text | " + " | ".join(f"windows of {w} tokens" for w in args.windows) + " |")
         print("|---|" + "---|" * len(args.windows))
         for path in files:
             text = path.read_text(encoding="utf-8").replace(f"\n{DOCUMENT_END}\n", EOS)
-            values = [
-                bits_per_byte(model, tokenizer, text, w, max(1, args.tokens // w))[0] for w in args.windows
-            ]
+            values = [bits_per_byte(model, tokenizer, text, w, max(1, args.tokens // w))[0] for w in args.windows]
             print(f"| {path.stem} | " + " | ".join(f"{value:.3f}" for value in values) + " |", flush=True)
 
 

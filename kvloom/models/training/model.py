@@ -78,9 +78,7 @@ class Block(nn.Module):
         q, k = qk.split((s.heads, s.kv_heads), dim=2)
         group = s.heads // s.kv_heads
         k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
-        mixed = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
-        )
+        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
         gate, up = self.gate_up(rms(x, self.norm2)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
@@ -90,7 +88,7 @@ class Block(nn.Module):
 # on such # heads (match what stood before, copy what follows); finding them from noise takes millions of
 # tokens.
 OFFSET_HEADS = ((0, 0, 1, 1.3), (0, 1, 2, 1.3), (1, 0, 1, 1.3), (1, 1, 3, 1.3))
-COPY_HEADS = ((2, 0), (3, 2))  # (layer, query head): match what stood one token back, copy (see plant_copy_head)
+COPY_HEADS = ((2, 0), (3, 2))  # (layer, query head), see plant_copy_heads
 
 
 class TrainLlama(nn.Module):
@@ -208,9 +206,7 @@ class TrainLlama(nn.Module):
         for index in range(self.shape.layers):
             base, to = f"model.layers.{index}.", f"blocks.{index}."
             own[to + "qkv.weight"] = torch.cat([state[f"{base}self_attn.{n}_proj.weight"] for n in "qkv"])
-            own[to + "gate_up.weight"] = torch.cat(
-                [state[f"{base}mlp.{n}_proj.weight"] for n in ("gate", "up")]
-            )
+            own[to + "gate_up.weight"] = torch.cat([state[f"{base}mlp.{n}_proj.weight"] for n in ("gate", "up")])
             own[to + "out.weight"] = state[base + "self_attn.o_proj.weight"]
             own[to + "down.weight"] = state[base + "mlp.down_proj.weight"]
             own[to + "norm1"] = state[base + "input_layernorm.weight"]

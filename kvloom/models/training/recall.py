@@ -165,9 +165,7 @@ def ask(rng: random.Random, facts: Sequence[Fact], wording: str) -> Question:
         kind, templates = "single", book.questions
     joined = ", ".join(keys[:-1]) + " and " + keys[-1] if len(keys) > 1 else keys[0]
     number = {2: "two", 3: "three", 4: "four"}.get(max(len(keys), len(fact.values)), "")
-    text = book.fill(
-        rng, rng.choice(templates), key=joined, value="", noun=fact.noun, nouns=fact.plural, count=number
-    )
+    text = book.fill(rng, rng.choice(templates), key=joined, value="", noun=fact.noun, nouns=fact.plural, count=number)
     answer = ", ".join(value for f in facts for value in f.values)
     return Question(text, answer, kind, keys)
 
@@ -187,9 +185,7 @@ def task_plan(
         questions[0].kind = "multi-key"
         return facts, questions
     extra = (
-        {"single": 0, "multi-key": 8, "multi-value": 3, "multi-query": 3}[task]
-        if distractors is None
-        else distractors
+        {"single": 0, "multi-key": 8, "multi-value": 3, "multi-query": 3}[task] if distractors is None else distractors
     )
     asked = 3 if task == "multi-query" else 1
     count = 3 if task == "multi-value" else 1
@@ -205,11 +201,7 @@ class Haystack:
         self.sentences: list[str] = []
         for paragraph in text.split("\n"):
             parts = [
-                part
-                for part in paragraph.replace("! ", "!\n")
-                .replace("? ", "?\n")
-                .replace(". ", ".\n")
-                .split("\n")
+                part for part in paragraph.replace("! ", "!\n").replace("? ", "?\n").replace(". ", ".\n").split("\n")
             ]
             self.sentences += [part.strip() for part in parts if part.strip()]
         if not self.sentences:
@@ -219,7 +211,7 @@ class Haystack:
             self.ends.append(self.ends[-1] + count_tokens(" " + sentence))
 
     def take(self, rng: random.Random, tokens: int) -> list[str]:
-        """Consecutive sentences of about ``tokens`` tokens from a random place (wrapping round at the end)."""
+        """Consecutive sentences of about ``tokens`` tokens from a random place (the end wraps round)."""
         start = rng.randrange(len(self.sentences))
         taken: list[str] = []
         while tokens > 0:

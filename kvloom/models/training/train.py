@@ -64,7 +64,7 @@ def rate(progress: float, warmup: float, floor: float) -> float:
 
 
 def export(model: TrainLlama, tokenizer_folder: Path, folder: Path) -> None:
-    """Write float16 weights, configuration and tokenizer for ``from_pretrained`` (into a scratch name first)."""
+    """Write float16 weights, configuration and tokenizer for ``from_pretrained`` (scratch name first)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     hf = AutoModelForCausalLM.from_config(model.shape.hf_config())
@@ -116,7 +116,7 @@ class Trainer:
             [{"params": [self.model.embed], "peak": args.rate_embed}, {"params": others, "peak":
             args.rate_embed}], lr=args.rate_embed, betas=(0.9, 0.98), weight_decay=0.0, fused=True,
         )  # fmt: skip
-        self.step = self.tokens = 0
+        self.step = self.tokens = self.level = 0
         self.seconds = self.base = 0.0
         checkpoint = self.run / "checkpoint.pt"
         if checkpoint.exists():
@@ -126,6 +126,7 @@ class Trainer:
             self.adam.load_state_dict(state["adam"])
             self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
             self.base = state["progress"]
+            self.level = state.get("level", 0)
             self.source.rng = random.Random(f"{args.seed}/{self.step}")
         elif args.init:
             load_weights(self.model, args.init)
@@ -135,7 +136,7 @@ class Trainer:
         self.tokens_before = self.tokens
 
     def progress(self) -> float:
-        """Share of the plan that is done; what was left at the start of this process spans the given budget."""
+        """Share of the plan that is done; what was left at the start spans the given budget."""
         if self.args.tokens:
             part = (self.tokens - self.tokens_before) / max(1, self.args.tokens - self.tokens_before)
         else:
@@ -153,9 +154,7 @@ class Trainer:
             return stage, 1.0
         factor = float(given.pop("rate", 1.0))
         stage_keys = {
-            k: tuple(v) if isinstance(v, list) else v
-            for k, v in given.items()
-            if k in ("lengths", "shares", "tokens")
+            k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in ("lengths", "shares", "tokens")
         }
         mixture = replace(stage.mixture, **{k: v for k, v in given.items() if k in asdict(stage.mixture)})
         return replace(stage, mixture=mixture, **stage_keys), factor
@@ -165,18 +164,25 @@ class Trainer:
         scratch = self.run / "checkpoint.part"
         torch.save(
             {
-                "model": self.model.state_dict(), "muon": self.muon.state_dict(), "adam":
-                self.adam.state_dict(), "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "progress": self.progress(),
+                "model": self.model.state_dict(),
+                "muon": self.muon.state_dict(),
+                "adam": self.adam.state_dict(),
+                "step": self.step,
+                "tokens": self.tokens,
+                "seconds": self.seconds,
+                "progress": self.progress(),
+                "level": self.level,
             },
             scratch,
-        )  # fmt: skip
+        )
         os.replace(scratch, self.run / "checkpoint.pt")
         export(self.model, self.args.tokenizer, self.run / "export")
 
-    def micro(
-        self, batch: Batch, part: int, parts: int, weight: float
-    ) -> tuple[tuple[torch.Tensor, ...], np.ndarray]:
-        """Gradients of one part of a batch's rows, and sums [text nats, texts, answer nats, answers sure, answers]."""
+    def micro(self, batch: Batch, part: int, parts: int, weight: float) -> tuple[tuple[torch.Tensor, ...], np.ndarray]:
+        """Gradients of one part of a batch's rows, and its sums.
+
+        Sums: [nats of text, tokens of text, nats of answers, tokens surer than 1/2, tokens of answers].
+        """
         rows, length = batch.ids.shape
         first, last = rows * part // parts, rows * (part + 1) // parts
         low, high = np.searchsorted(batch.positions, (first * length, last * length))
@@ -192,9 +198,7 @@ class Trainer:
             batch.weights[low:high] == 1.0,
         )
         sure = values[answers] < math.log(2)
-        return gradients, np.array(
-            [values[text].sum(), text.sum(), values[answers].sum(), sure.sum(), answers.sum()]
-        )
+        return gradients, np.array([values[text].sum(), text.sum(), values[answers].sum(), sure.sum(), answers.sum()])
 
     def train_step(self, batch: Batch, factor: float) -> np.ndarray:
         """One update; returns the sums of ``micro``.
@@ -231,7 +235,8 @@ class Trainer:
     def draw(self) -> tuple[Batch, int, float]:
         """The next batch of the plan, its row length in tokens, and the factor on the learning rate."""
         progress = self.progress()
-        stage, factor = self.override(next(s for s in PLAN if progress < s.until))
+        planned = next(index for index, stage in enumerate(PLAN) if progress < stage.until)
+        stage, factor = self.override(PLAN[planned if self.args.no_gate else min(planned, self.level)])
         length = self.source.rng.choices(stage.lengths, stage.shares[: len(stage.lengths)])[0]
         facts = min(stage.mixture.facts, max(3, length // 48))
         rows = max(1, stage.tokens // length)
@@ -256,17 +261,23 @@ class Trainer:
             if now - logged > self.args.log_seconds or self.step < 3:
                 self.log(
                     {
-                        "step": self.step, "tokens": self.tokens, "seconds": int(self.seconds), "progress":
-                        progress, "length": length, "text": sums[0] / max(1, sums[1]), "answer": sums[2] /
-                        max(1, sums[4]), "right": sums[3] / max(1, sums[4]),
+                        "step": self.step,
+                        "tokens": self.tokens,
+                        "seconds": int(self.seconds),
+                        "progress": progress,
+                        "level": self.level,
+                        "length": length,
+                        "text": sums[0] / max(1, sums[1]),
+                        "answer": sums[2] / max(1, sums[4]),
+                        "right": sums[3] / max(1, sums[4]),
                     }
-                )  # fmt: skip
+                )
+                if sums[4] > 500 and sums[3] / sums[4] > self.args.gate:
+                    self.level += 1  # longer rows before recall works undo what was learned
                 logged, sums = now, np.zeros(5)
             if now - checked > self.args.check_seconds:
                 result = quick_recall(self.model, self.source, min(length, 1024), self.args.check_prompts)
-                self.log(
-                    {"step": self.step, "tokens": self.tokens, "length": min(length, 1024), "recall": result}
-                )
+                self.log({"step": self.step, "tokens": self.tokens, "length": min(length, 1024), "recall": result})
                 checked = time.time()
             if now - saved > self.args.save_seconds:
                 self.save()
@@ -277,9 +288,7 @@ class Trainer:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder of checkpoint, log and export")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
     parser.add_argument("--cache", type=Path, help="folder of tokenised text (default RUN/cache)")
@@ -288,17 +297,17 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help="start from the weights of this exported folder")
     parser.add_argument("--init-progress", type=float, default=0.6, help="where in the plan --init starts")
     parser.add_argument("--rate", type=float, default=6e-3, help="peak rate of Muon")
-    parser.add_argument(
-        "--rate-embed", type=float, default=4e-3, help="peak rate of AdamW (embedding, norms)"
-    )
+    parser.add_argument("--rate-embed", type=float, default=4e-3, help="peak rate of AdamW (embedding, norms)")
     parser.add_argument("--warmup", type=float, default=0.01)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--save-seconds", type=float, default=300)
     parser.add_argument("--check-seconds", type=float, default=420)
+    parser.add_argument("--check-prompts", type=int, default=16, help="prompts per task of the checks while training")
     parser.add_argument(
-        "--check-prompts", type=int, default=16, help="prompts per task of the checks while training"
+        "--gate", type=float, default=0.93, help="share of sure answer tokens that opens the next stage"
     )
+    parser.add_argument("--no-gate", action="store_true", help="follow the plan by progress alone")
     parser.add_argument("--log-seconds", type=float, default=30)
     Trainer(parser.parse_args()).loop()
 

@@ -166,8 +166,8 @@ HELD_OUT = Wordings(
         "{lead}{key} can be reached with the {noun} {value}.",
         "{lead}we registered {key} under the {noun} {value}.",
     ),
-    late_needles=("{lead}the {noun} {value} is held by {key}.", "{lead}they set {value} as the {noun} {prep}
-    {key}."), questions=(
+    late_needles=("{lead}the {noun} {value} is held by {key}.",
+        "{lead}they set {value} as the {noun} {prep} {key}."), questions=(
         "{ask}can you find the {noun} {prep} {key}?",
         "{ask}what does the text give as the {noun} {prep} {key}?",
         "{ask}under which {noun} is {key} known?", "{ask}say the {noun} {prep} {key}.",

@@ -14,19 +14,17 @@ from pathlib import Path
 from kvloom.models.training.tokenizer import data_folder, sample_text
 
 FOLDER = Path(__file__).parent
-WORD = re.compile(r"(?<![.!?\"'“‘] )(?<=[a-z,] )([A-Za-z][a-z]{3,9})\b")
+WORD = re.compile(r"(?<![.!?\"'“\u2018] )(?<=[a-z,] )([A-Za-z][a-z]{3,9})\b")
 
 
 def main() -> None:
-    """Write the two lists: common lower-case words without the 350 commonest, and words that are always capitalised."""
+    """Write the two lists: common words without the 350 commonest, and always capitalised ones."""
     counts: Counter[str] = Counter()
     for path in sorted(data_folder().glob("[gw]*_00.txt")):
         for text in sample_text(path, 0.3):
             counts.update(WORD.findall(text))
     lower = [word for word, _ in counts.most_common() if word.islower() and len(word) <= 9]
-    keys = [
-        word for word in lower[350:9000] if counts[word] >= 15 and not word.endswith(("ing", "ed", "ly"))
-    ][:4000]
+    keys = [word for word in lower[350:9000] if counts[word] >= 15 and not word.endswith(("ing", "ed", "ly"))][:4000]
     names = [
         word
         for word, number in counts.most_common()

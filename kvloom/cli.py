@@ -1,0 +1,322 @@
+"""The command line: `kvloom demo`, `compare`, `generate`, `recipes`, `check`, `calibrate`.
+
+Results go to stdout (tables, or JSON with --json), progress and errors to stderr. An error of kvloom ends with code 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from kvloom.errors import KvloomError, RecipeError
+
+HELP = """Compress the key-value cache of a language model with published methods, and see what it costs.
+
+A RECIPE is a name with options, such as "snapkv(budget=1024)"; two compose with a bar: "snapkv | kivi(bits=4)".
+A MODEL is a local folder, a hub id, or "nano", the small model that comes with kvloom.
+
+Start with: kvloom demo
+"""
+app = App(name="kvloom", help=HELP, version_flags=["--version"])
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON on stdout instead of a table.")]
+Limit = Annotated[int, Parameter(help="Tokens of one answer, at most.")]
+Page = Annotated[Path | None, Parameter(help="Write the result as a self-contained HTML page to this file.")]
+
+
+def _prepare(model: str) -> tuple[Any, Any]:
+    import transformers
+
+    from kvloom.lab.measure import load_model
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return load_model(model)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr; the yielded function names the next step."""
+    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
+        task, done = bar.add_task("", total=total), -1
+
+        def tell(text: str) -> None:
+            nonlocal done
+            done += 1
+            bar.update(task, completed=done, description=text)
+
+        yield tell
+        bar.update(task, completed=total, description="done")
+
+
+def _text_of(path: Path, option: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        message = f"{option} {str(path)!r} cannot be read as UTF-8 text ({error}). Give a text file."
+        raise KvloomError(message) from error
+
+
+def _show(rows: Sequence[Any], model: str, out: Path | None, as_json: bool, title: str) -> None:
+    from kvloom.lab import page
+
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page.html(rows, model, title), encoding="utf-8")
+    if as_json:
+        about = {"model": model, "page": None if out is None else str(out), "versions": page.versions()}
+        _print_json(about | {"recipes": [row.to_dict() for row in rows]})
+        return
+    table = Table(title=f"{model}, {rows[0].tokens:,} tokens of prompt")
+    for i, head in enumerate(page.HEADS):
+        table.add_column(head, justify="left" if i == 0 else "right", no_wrap=i > 0)
+    for row in rows:
+        table.add_row(*page.cells(row))
+    console = Console()
+    console.print(table)
+    for row in rows:
+        console.print(f"[bold]{row.recipe}[/bold]", highlight=False)
+        for a in row.answers:
+            mark = {True: "[green]right[/green]", False: "[red]wrong[/red]", None: ""}[a.right]
+            console.print(f"  {a.question} ", end="", markup=False, highlight=False)
+            console.print(f"{a.got or '(nothing)'} ", end="", markup=False, highlight=False)
+            console.print(mark)
+    if out is not None:
+        console.print(f"Page: {out}", highlight=False)
+
+
+@app.command
+def demo(*, out: Path = Path("demo.html"), tokens: int = 4000, seed: int = 0, json: Json = False) -> None:
+    """Eight recipes on one document, with the bundled model: bytes, times, answers, damage.
+
+    Facts are hidden in pages of a book. Two questions stand in the prompt; two come later, when the cache is
+    already compressed, which is where methods that drop tokens fail. Takes a few minutes at most and needs no network.
+
+    Args:
+        out: The HTML page to write.
+        tokens: Length of the document.
+        seed: Another number gives another document and other facts.
+    """
+    from kvloom.lab.demo import RECIPES, demo_task
+    from kvloom.lab.measure import compare as run
+
+    model, tokenizer = _prepare("nano")
+    task = demo_task(tokenizer, tokens, seed)
+    with _progress(len(RECIPES)) as tell:
+        rows = run(model, tokenizer, RECIPES, task, tell=tell)
+    _show(rows, "nano", out, json, "kvloom demo: facts in a book")
+
+
+@app.command
+def compare(
+    model: str,
+    *,
+    cache: list[str],
+    document: Path,
+    question: list[str],
+    answer: list[str] | None = None,
+    max_new_tokens: Limit = 48,
+    continuation: int = 64,
+    out: Page = None,
+    json: Json = False,
+) -> None:
+    """Recipes on your own model, document and questions, against the full cache.
+
+    The first question is asked with the document, the others as later turns on the same cache. The last tokens of
+    the document are held back and read token by token to compare predictions (KL, same top token).
+
+    Example: kvloom compare nano --cache "h2o(budget=256)" --document book.txt --question "Who?" --answer Anna
+
+    Args:
+        model: Folder, hub id or "nano".
+        cache: A recipe; give it once per recipe.
+        document: A text file.
+        question: A question; give it once per question.
+        answer: The right answer of each question, in the same order; without it nothing is marked.
+        continuation: Tokens held back from the document's end.
+    """
+    from kvloom import parse
+    from kvloom.lab.measure import Question, Task
+    from kvloom.lab.measure import compare as run
+
+    for recipe in cache:
+        parse(recipe)  # before a model is loaded
+    text = _text_of(document, "--document")
+    if answer is not None and len(answer) != len(question):
+        raise KvloomError(
+            f"--answer was given {len(answer)} times for {len(question)} questions; give one each, or none."
+        )
+    network, tokenizer = _prepare(model)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if not 1 <= continuation < len(ids):
+        raise KvloomError(
+            f"--continuation {continuation} must be at least 1 and less than the document's {len(ids)} tokens."
+        )
+    asks = [Question(q, answer[i] if answer else None) for i, q in enumerate(question)]
+    task = Task(
+        document=tokenizer.decode(ids[:-continuation]),
+        first=tuple(asks[:1]),
+        later=tuple(asks[1:]),
+        continuation=tokenizer.decode(ids[-continuation:]),
+    )
+    with _progress(len({"full", *cache})) as tell:
+        rows = run(network, tokenizer, cache, task, max_new_tokens, tell)
+    _show(rows, model, out, json, f"kvloom compare: {document.name}")
+
+
+@app.command
+def generate(
+    model: str,
+    *,
+    cache: str = "full",
+    prompt: str | None = None,
+    prompt_file: Path | None = None,
+    max_new_tokens: Limit = 64,
+    json: Json = False,
+) -> None:
+    """One greedy answer with a recipe. The answer goes to stdout, the size of the cache to stderr.
+
+    Example: kvloom generate nano --cache "snapkv(budget=256)" --prompt-file book.txt
+
+    Args:
+        model: Folder, hub id or "nano".
+        cache: The recipe.
+        prompt: The prompt; the model's chat template is put around it.
+        prompt_file: A file with the prompt instead.
+    """
+    from kvloom import KVCache, parse
+    from kvloom.lab.measure import encode, first_turn
+
+    if (prompt is None) == (prompt_file is None):
+        raise KvloomError("give either --prompt TEXT or --prompt-file FILE.")
+    parse(cache)  # before a model is loaded
+    text = prompt if prompt_file is None else _text_of(prompt_file, "--prompt-file")
+    network, tokenizer = _prepare(model)
+    held = KVCache(network, cache)
+    ids = encode(tokenizer, first_turn(tokenizer, text or "")).to(network.device)
+    options = {"attention_mask": ids.new_ones(ids.shape), "do_sample": False, "max_new_tokens": max_new_tokens}
+    out = network.generate(ids, past_key_values=held, **options)
+    answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    if json:
+        report = held.report().to_dict()
+        _print_json({"model": model, "prompt_tokens": ids.shape[1], "answer": answer, "cache": report})
+        return
+    print(answer)
+    Console(stderr=True).print(str(held.report()), highlight=False, markup=False, style="dim")
+
+
+@app.command
+def recipes(name: str | None = None, *, json: Json = False) -> None:
+    """All recipes, or the card of one: what its paper claims, what differs here, its options and bytes.
+
+    Args:
+        name: A recipe's name.
+    """
+    from kvloom.core import registry
+
+    if name is not None:
+        card = registry.card(name)
+        _print_json(_card(card)) if json else print(card.text())
+        return
+    cards = registry.recipes()
+    if json:
+        _print_json({key: _card(card) for key, card in cards.items()})
+        return
+    table = Table("name", "year", "idea", "options")
+    for key, card in cards.items():
+        options = ", ".join(f"{o.name}={o.default!r}" for o in card.options)
+        table.add_row(key, str(card.year), card.idea, options)
+    Console().print(table)
+
+
+def _card(card: Any) -> dict[str, Any]:
+    return dataclasses.asdict(card)
+
+
+@app.command
+def check(model: str, *, cache: list[str] | None = None, json: Json = False) -> None:
+    """Whether a model works with recipes: five ways of running, each against the stock cache.
+
+    exact: same tokens, logits equal up to rounding. lossy: it runs and differs, as a method that drops or rounds
+    should (with the largest error of a logit). refused: kvloom says why it won't. Code 1 if "full" is not exact.
+
+    Args:
+        model: Folder, hub id or "nano".
+        cache: A recipe; give it once per recipe. Without it: all of them, with their default options.
+    """
+    from kvloom.core import registry
+    from kvloom.lab.check import MODES
+    from kvloom.lab.check import check as run
+
+    chosen = cache or list(registry.recipes())
+    for recipe in chosen:
+        registry.parse(recipe)
+    network, _ = _prepare(model)
+    with _progress(len(chosen) * len(MODES)) as tell:
+        verdicts = run(network, chosen, tell)
+    if json:
+        _print_json([v.to_dict() for v in verdicts])
+    else:
+        table = Table("recipe", "way", "result", "logit error", "")
+        color = {"exact": "green", "lossy": "yellow", "refused": "red"}
+        for v in verdicts:
+            error = "" if v.error is None else f"{v.error:.2g}"
+            table.add_row(v.recipe, v.mode, f"[{color[v.result]}]{v.result}[/]", error, v.detail)
+        Console().print(table)
+    if any(v.recipe == "full" and v.result != "exact" for v in verdicts):
+        sys.exit(1)
+
+
+@app.command
+def calibrate(
+    model: str,
+    *,
+    recipe: str = "razorattention",
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    json: Json = False,
+) -> None:
+    """Measure a model once for a recipe that needs it, and write the profile to a file.
+
+    Use it as: kvloom generate MODEL --cache "razorattention(profile='FILE')" ...
+
+    Args:
+        model: Folder, hub id or "nano".
+        recipe: The recipe to measure for; only razorattention needs it.
+        output: The profile to write (safetensors).
+    """
+    if recipe != "razorattention":
+        raise RecipeError(f"--recipe {recipe!r} needs no calibration; only razorattention does.")
+    from kvloom.recipes.razorattention import calibrate as run
+
+    network, _ = _prepare(model)
+    scores = run(network, output)
+    shapes = {name: list(x.shape) for name, x in scores.items()}
+    if json:
+        _print_json({"file": str(output), "scores": shapes})
+    else:
+        layers, heads = shapes["echo"]
+        Console().print(f"Wrote {output}: scores of {layers} layers x {heads} heads.", highlight=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point. An error of kvloom is one red line on stderr and exit code 2."""
+    try:
+        app(None if arguments is None else list(arguments), result_action="return_value")
+    except KvloomError as error:
+        line = " ".join(str(error).split())
+        Console(stderr=True, soft_wrap=True).print(f"error: {line}", style="red", markup=False, highlight=False)
+        sys.exit(2)

@@ -1,0 +1,261 @@
+"""One recipe on one text: bytes, times, answers, and how far the predictions move from the full cache's."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from kvloom import KVCache
+from kvloom.errors import CacheError, ModelError
+
+__all__ = ["NANO", "Answer", "Measured", "Question", "Task", "compare", "load_model", "run_recipe"]
+
+NANO = Path(__file__).parents[1] / "models" / "nano"
+MARK = "kvloomanswer"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and, if known, its right answer. Several answers stand in order with ", " between them."""
+
+    text: str
+    answer: str | None = None
+
+
+@dataclass
+class Answer:
+    """What a recipe answered; `right` is None where no answer is known."""
+
+    question: str
+    expected: str | None
+    got: str
+    right: bool | None
+    turn: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """A document, questions of the first turn (asked with the document) and of later turns on the same cache.
+
+    `continuation`: text that both caches read token by token, to compare their predictions.
+    `joint`: one sentence that asks all of `first` at once; its answer is split at commas.
+    """
+
+    document: str
+    first: tuple[Question, ...]
+    later: tuple[Question, ...] = ()
+    continuation: str = ""
+    frame: str = "{document}\n\n{question}"
+    joint: str = ""
+
+
+@dataclass
+class Measured:
+    """One row of the table. Bytes are counted right after the prompt; `kl` in nats per token, times in wall time."""
+
+    recipe: str
+    tokens: int
+    used: int
+    nbytes: int
+    smaller: float
+    prefill_seconds: float
+    decode_ms: float
+    right: int
+    asked: int
+    kl: float
+    agreement: float
+    answers: list[Answer] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def load_model(name: str) -> tuple[PreTrainedModel, Any]:
+    """Model (evaluation mode) and tokenizer of a local folder, a hub id, or "nano", the bundled model in fp32.
+
+    Raises ModelError with the reason if it cannot be loaded.
+    """
+    path = str(NANO) if name == "nano" else name
+    dtype: Any = torch.float32 if name == "nano" else "auto"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"model={name!r} cannot be loaded ({first}). Give a folder with a transformers model, a hub id, or 'nano'."
+        ) from error
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    return model.eval(), tokenizer
+
+
+def encode(tokenizer: Any, text: str) -> Tensor:
+    """Ids [1, m] of text that already holds its marks."""
+    return torch.tensor([tokenizer.encode(text, add_special_tokens=False)], dtype=torch.long)
+
+
+def first_turn(tokenizer: Any, content: str) -> str:
+    """The text of a first user turn, up to where the answer begins."""
+    if tokenizer.chat_template is None:
+        return f"{tokenizer.bos_token or ''}{content}\nAnswer:"
+    messages = [{"role": "user", "content": content}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def next_turn(tokenizer: Any, question: str) -> str:
+    """The text between an answer and the next one."""
+    if tokenizer.chat_template is None:
+        return f"\n\n{question}\nAnswer:"
+    messages = [("user", "?"), ("assistant", MARK), ("user", question)]
+    chat = [{"role": role, "content": text} for role, text in messages]
+    whole = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    return whole.partition(MARK)[2]
+
+
+def _stops(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    ends = [tokenizer.eos_token_id, model.generation_config.eos_token_id if model.generation_config else None]
+    return {i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None}
+
+
+class _Clock:
+    """Wall time with the accelerator's queue emptied."""
+
+    def __init__(self) -> None:
+        self.start = self._now()
+
+    def _now(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def seconds(self) -> float:
+        return self._now() - self.start
+
+
+@torch.no_grad()
+def _answer(model: PreTrainedModel, tokenizer: Any, cache: Any, logits: Tensor, limit: int, times: list[float]) -> str:
+    """Greedy decoding from the logits [1, V] of the last prompt token. The end token stays out of the cache."""
+    stops, got = _stops(model, tokenizer), []
+    for _ in range(limit):
+        token = int(logits.argmax(-1))
+        if token in stops:
+            break
+        got.append(token)
+        clock = _Clock()
+        logits = model(torch.tensor([[token]], device=model.device), past_key_values=cache).logits[:, -1]
+        times.append(clock.seconds())
+    return str(tokenizer.decode(got, skip_special_tokens=True)).strip()
+
+
+def _twin(model: PreTrainedModel, cache: Any) -> Any:
+    """An independent copy of a cache; row by row where `copy.deepcopy` is refused (managed layers only)."""
+    try:
+        return copy.deepcopy(cache)
+    except CacheError:
+        twin: Any = KVCache(model, "full")
+        twin.recipe = cache.recipe
+        for mine, other in zip(cache.layers, twin.layers):
+            if hasattr(mine, "rows"):
+                other.rows, other.seen = [row.fork() for row in mine.rows], mine.seen
+                other.site, other.is_initialized = mine.site, mine.is_initialized
+        return twin
+
+
+@torch.no_grad()
+def _forced(model: PreTrainedModel, cache: Any, ids: Tensor, times: list[float]) -> Tensor:
+    """Log probabilities [m, V] after each of the ids [1, m], read one by one into a copy of the cache."""
+    twin, rows = _twin(model, cache), []
+    for token in ids.to(model.device).split(1, dim=1):
+        clock = _Clock()
+        rows.append(model(token, past_key_values=twin).logits[0, -1])
+        times.append(clock.seconds())
+    return torch.stack(rows).float().log_softmax(-1).cpu()
+
+
+def _graded(questions: Sequence[Question], got: str, turn: int) -> list[Answer]:
+    parts = [part.strip() for part in got.split(",")] if len(questions) > 1 else [got]
+    answers = []
+    for i, question in enumerate(questions):
+        part = parts[i] if i < len(parts) else ""
+        right = None if question.answer is None else part.strip(" .") == question.answer.strip(" .")
+        answers.append(Answer(question.text, question.answer, part, right, turn))
+    return answers
+
+
+@torch.no_grad()
+def run_recipe(
+    model: PreTrainedModel, tokenizer: Any, recipe: str, task: Task, reference: Tensor | None, limit: int = 24
+) -> tuple[Measured, Tensor]:
+    """One prefill with this recipe, then forced reading, answers and later turns on its cache.
+
+    `reference`: log probabilities [m, V] of the full cache, None while the full cache itself is measured.
+    Returns the row and this recipe's own log probabilities.
+    """
+    cache: Any = KVCache(model, recipe)
+    question = task.joint or " ".join(q.text for q in task.first)
+    prompt = encode(tokenizer, first_turn(tokenizer, task.frame.format(document=task.document, question=question)))
+    clock = _Clock()
+    logits = model(prompt.to(model.device), past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    prefill = clock.seconds()
+    report = cache.report()
+    times: list[float] = []
+    ids = encode(tokenizer, task.continuation)
+    own = _forced(model, cache, ids, times)
+    base = own if reference is None else reference
+    kl = float((base.exp() * (base - own)).sum(-1).mean())
+    agreement = float((base.argmax(-1) == own.argmax(-1)).float().mean())
+    got = _answer(model, tokenizer, cache, logits, limit, times)
+    answers = _graded(task.first, got, 1)
+    for turn, later in enumerate(task.later, 2):
+        text = encode(tokenizer, next_turn(tokenizer, later.text)).to(model.device)
+        logits = model(text, past_key_values=cache).logits[:, -1]
+        answers += _graded([later], _answer(model, tokenizer, cache, logits, limit, times), turn)
+    known = [a.right for a in answers if a.right is not None]
+    row = Measured(
+        recipe=recipe,
+        tokens=prompt.shape[1],
+        used=report.used,
+        nbytes=report.nbytes,
+        smaller=1.0,
+        prefill_seconds=prefill,
+        decode_ms=1000 * statistics.median(times) if times else 0.0,
+        right=sum(known),
+        asked=len(known),
+        kl=max(0.0, kl),
+        agreement=agreement,
+        answers=answers,
+    )
+    return row, own
+
+
+def compare(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    recipes: Sequence[str],
+    task: Task,
+    limit: int = 24,
+    tell: Callable[[str], None] = lambda recipe: None,
+) -> list[Measured]:
+    """All recipes on one task; the full cache comes first, asked for or not. `tell` is called before each."""
+    for recipe in recipes:
+        KVCache(model, recipe)  # a wrong recipe fails before any work
+    rows: list[Measured] = []
+    reference: Tensor | None = None
+    for recipe in ["full", *(r for r in recipes if r.strip() != "full")]:
+        tell(recipe)
+        row, own = run_recipe(model, tokenizer, recipe, task, reference, limit)
+        reference = own if reference is None else reference
+        rows.append(row)
+        row.smaller = rows[0].used / max(1, row.used)
+    return rows

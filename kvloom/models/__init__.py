@@ -1,0 +1,1 @@
+"""The bundled reference model and how it was trained."""

@@ -1,0 +1,149 @@
+"""Codecs: what comes back from bytes, how many bytes, and that computing on codes equals decoding first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvloom.core.codec import Codec, Exact
+from kvloom.kernels.pack import BITS, pack, unpack
+from kvloom.segments.balance import Balance
+from kvloom.segments.minmax import MinMax
+
+shapes = st.tuples(st.integers(1, 3), st.integers(0, 4), st.sampled_from([8, 16, 24, 64]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(bits=st.sampled_from(BITS), rows=st.integers(0, 5), bytes_=st.integers(1, 6), seed=st.integers(0, 2**32))
+def test_pack_round_trip(bits: int, rows: int, bytes_: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (2, rows, 8 * bytes_), generator=generator, dtype=torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.dtype == torch.uint8 and packed.shape == (2, rows, bits * bytes_)
+    assert torch.equal(unpack(packed, bits), codes)
+
+
+def test_pack_layout() -> None:
+    """Low bits first; 3 bits as a plane of 2 and a plane of 1."""
+    assert pack(torch.tensor([1, 2, 3, 0, 3, 3, 0, 0], dtype=torch.uint8), 2).tolist() == [0b00111001, 0b00001111]
+    assert pack(torch.tensor([7, 0, 4, 1, 0, 0, 0, 0], dtype=torch.uint8), 3).tolist() == [0b01000011, 0, 0b00000101]
+
+
+def codecs() -> st.SearchStrategy[Codec]:
+    tokens = st.builds(MinMax, st.sampled_from(BITS), st.sampled_from([8, 16]), st.just("tokens"))
+    channels = st.builds(MinMax, st.sampled_from(BITS), st.sampled_from([8, None]), st.just("channels"))
+    return st.one_of(tokens, channels, st.builds(Balance, channels), st.builds(Exact))
+
+
+def draw_block(
+    codec: Codec, h: int, units: int, dim: int, seed: int, size: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(h, units * codec.unit, dim, generator=generator) * size + size).to(dtype)
+    const = {"balance": torch.rand(h, dim, generator=generator) + 0.5} if codec.fits else {}
+    return x, const, codec.encode(x, const)
+
+
+anything = given(
+    codec=codecs(), shape=shapes, seed=st.integers(0, 2**32), size=st.sampled_from([1e-3, 1.0, 100.0]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)  # fmt: skip
+
+
+@settings(max_examples=80, deadline=None)
+@anything
+def test_bytes_equal_the_block(codec: Codec, shape: Any, seed: int, size: float, dtype: torch.dtype) -> None:
+    h, units, dim = shape
+    x, _, block = draw_block(codec, h, units, dim, seed, size, dtype)
+    assert sum(field.nbytes for field in block.values()) == h * codec.nbytes(x.shape[1], dim, dtype.itemsize)
+    assert block.keys() == codec.per.keys()
+    for name, field in block.items():
+        assert field.shape[:2] == (h, x.shape[1] // codec.per[name])
+
+
+@settings(max_examples=80, deadline=None)
+@anything
+def test_dot_and_mix_equal_decoding_first(codec: Codec, shape: Any, seed: int, size: float, dtype: torch.dtype) -> None:
+    h, units, dim = shape
+    x, const, block = draw_block(codec, h, max(units, 1), dim, seed, size, dtype)
+    y = codec.decode(block, const).float()
+    assert y.shape == x.shape
+    q, p = torch.randn(h, 3, dim).to(dtype), torch.rand(h, 3, x.shape[1]).softmax(-1)
+    dot, mix = codec.dot(q, block, const, 0.3), codec.mix(p, block, const)
+    assert dot.dtype == mix.dtype == torch.float32
+    tolerance = 1e-4 * float(y.abs().max() + 1e-6) * dim
+    torch.testing.assert_close(dot, 0.3 * q.float() @ y.transpose(1, 2), atol=tolerance, rtol=1e-4)
+    torch.testing.assert_close(mix, p @ y, atol=tolerance, rtol=1e-4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    bits=st.sampled_from(BITS), along=st.sampled_from(["tokens", "channels"]), group=st.sampled_from([8, 16]),
+    seed=st.integers(0, 2**32), size=st.sampled_from([1e-3, 1.0, 300.0]), offset=st.sampled_from([0.0, -5.0, 1000.0]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)  # fmt: skip
+def test_minmax_error(
+    bits: int, along: Any, group: int, seed: int, size: float, offset: float, dtype: torch.dtype
+) -> None:
+    """Half a step of the group, and the rounding of a 16-bit minimum and scale."""
+    x = (torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(seed)) * size + offset).to(dtype)
+    codec = MinMax(bits, group, along)
+    got = codec.decode(codec.encode(x, {}), {}).float()
+    x = x.float()
+    if along == "tokens":
+        x, got = x.transpose(1, 2), got.transpose(1, 2)
+    x, got = x.unflatten(-1, (-1, group)), got.unflatten(-1, (-1, group))
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    unit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
+    subnormal = 2.0**-25 * 2**bits if dtype != torch.bfloat16 else 0.0  # of an fp16 scale below 2**-14, times a code
+    slack = unit * (low.abs() + 2 * (high - low)) + subnormal + 1e-6
+    assert ((got - x).abs() <= (high - low) / (2**bits - 1) / 2 + slack).all()
+
+
+@pytest.mark.parametrize("along", ["tokens", "channels"])
+@pytest.mark.parametrize("value", [0.0, 3.0, -7.5, 1e-7, 60000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_constant_groups(along: Any, value: float, dtype: torch.dtype) -> None:
+    """No division by a range of zero; the constant comes back to 16-bit precision."""
+    x = torch.full((1, 16, 16), value).to(dtype)
+    codec = MinMax(2, 8, along)
+    got = codec.decode(codec.encode(x, {}), {}).float()
+    torch.testing.assert_close(got, x.float(), atol=1e-7, rtol=2**-8)
+
+
+@pytest.mark.parametrize("along", ["tokens", "channels"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("big", [65000.0, 1e5, 1e30])
+def test_extreme_values_stay_finite(along: Any, dtype: torch.dtype, big: float) -> None:
+    """Also what fp16 scales can't hold: the worst that may happen is a coarse group, not infinity or NaN."""
+    if dtype == torch.float16 and big > 65504:
+        pytest.skip("not a number of fp16")
+    x = torch.randn(1, 16, 16).to(dtype)
+    x[0, 3, 5], x[0, 9, 6] = big, -big
+    codec = MinMax(4, 8, along)
+    got = codec.decode(codec.encode(x, {}), {})
+    assert torch.isfinite(got).all()
+
+
+@pytest.mark.parametrize("along", ["tokens", "channels"])
+def test_tiny_range_far_from_zero(along: Any) -> None:
+    """A range below the 16-bit spacing of the minimum: nothing worse than that spacing."""
+    x = 1000 + 1e-3 * torch.randn(1, 16, 16)
+    codec = MinMax(2, 8, along)
+    assert (codec.decode(codec.encode(x, {}), {}) - x).abs().max() < 0.51
+
+
+def test_units_are_independent() -> None:
+    """Encoding units one by one gives the same bytes as together, so a segment may grow by any number of units."""
+    for codec in (MinMax(2, 8, "tokens"), MinMax(3, 8, "channels"), MinMax(4, None, "channels")):
+        x = torch.randn(2, 32, 16)
+        whole, parts = (
+            codec.encode(x, {}),
+            [codec.encode(x[:, i : i + codec.unit], {}) for i in range(0, 32, codec.unit)],
+        )
+        for name in whole:
+            assert torch.equal(whole[name], torch.cat([part[name] for part in parts], 1))
