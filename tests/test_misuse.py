@@ -1,4 +1,4 @@
-"""Models that can't be served and caches that are used wrongly are refused; see `test_refusals` for recipes."""
+"""Models that can't be served, and caches used wrongly, are refused; see `test_refusals` for recipes."""
 
 from __future__ import annotations
 
