@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from typing import Any
 
 import torch
@@ -106,7 +108,7 @@ class Machine(RuleBasedStateMachine):
             gone = torch.rand(frozen // unit, generator=generator) < share
             stay[:frozen] = ~gone.repeat_interleave(unit)
             ends = [frozen, *(end for end in _borders(segment) if end > frozen)]
-            for a, b in zip(ends, ends[1:], strict=False):
+            for a, b in itertools.pairwise(ends):
                 stay[a:b][torch.randperm(b - a, generator=generator)[: int((b - a) * share)]] = False
             return stay
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def segment_logits(q: Tensor, group: Group, segment: Segment, logits: Logits, wi
     logw = segment.column("logw")
     if logw is not None:
         s += logw[:, None, :width]
-    return s.unflatten(1, (g, m))
+    return s.reshape(h, g, m, width)
 
 
 def _dots(q: Tensor, segment: Segment, scale: float, width: int) -> Tensor:
@@ -148,7 +149,7 @@ def _stretches(segment: Segment, start: int) -> list[tuple[int, int]]:
             at += run.n
             ends.add(at)
     borders = [start, *sorted(end for end in ends if end > start)]
-    return list(zip(borders, borders[1:], strict=False))
+    return list(pairwise(borders))
 
 
 def attend(

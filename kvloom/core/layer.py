@@ -114,7 +114,8 @@ class Layer:
         for group in self.groups:
             parts, logs = attend(group.pick(folded), group, logits, self.length + alone, visible, emit)
             if fresh is not None:
-                parts.append(tuple(group.pick(x.unflatten(0, (rows.k.shape[0], -1))).flatten(1, 2) for x in fresh))
+                own, own_lse = (group.pick(x.unflatten(0, (rows.k.shape[0], -1))).flatten(1, 2) for x in fresh)
+                parts.append((own, own_lse))
             found.append(reference.merge(parts))
             seen.append(logs)
         if fresh is not None:

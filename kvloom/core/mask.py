@@ -113,7 +113,8 @@ class LazyMask:
                 with TransformGetItemToIndex():
                     flat = torch.vmap(self.function, in_dims=(None, None, 0, 0))
                     seen = flat(batch.view(()), batch.new_zeros(()), q.flatten(), k.flatten()).view(q.shape)
-            return seen.expand(len(index), 1, queries.shape[2], index.shape[1])
+            shown: Tensor = seen.expand(len(index), 1, queries.shape[2], index.shape[1])
+            return shown
 
         return visible
 

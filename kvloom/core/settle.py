@@ -17,9 +17,12 @@ def place(step: Step, policy: Policy) -> list[Group]:
     """Applies a policy to one group. Returns the groups it became (one, unless its heads now hold unequally many)."""
     table = Table(step.group, policy.over, step.q.device)
     budget = policy.budget(step)
-    scores = None if policy.score is None else policy.score(step, table)
-    sorting = policy.sorts and step.first == 0
-    if budget is None or table.n == 0 or (table.n - budget < policy.every and not sorting):
+    due = budget is not None and table.n > 0
+    due = due and (table.n - (budget or 0) >= policy.every or (policy.sorts and step.first == 0))
+    # A score that adds up over all queries (queries < 0) is owed to every forward; others only when they decide something.
+    owed = policy.score is not None and (due or policy.score.queries < 0)
+    scores = policy.score(step, table) if owed and policy.score is not None else None
+    if not due or budget is None:
         return [step.group]
     route = policy.place(step, table, scores, budget)
     if route.shape[0] != step.heads:

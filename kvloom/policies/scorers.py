@@ -33,7 +33,8 @@ class Window:
         inside = (index >= step.length - self.queries)[:, None]
         mass = mass.masked_fill(inside, 0.0).flatten(0, 1)[:, None]
         pool = F.max_pool1d if self.pool == "max" else F.avg_pool1d
-        return pool(mass, self.kernel, 1, self.kernel // 2)[:, 0].unflatten(0, (step.heads, -1)).mean(1)
+        pooled: Tensor = pool(mass, self.kernel, 1, self.kernel // 2)
+        return pooled.reshape(step.heads, -1, table.n).mean(1)
 
 
 @dataclass(frozen=True)

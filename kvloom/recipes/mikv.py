@@ -32,7 +32,7 @@ CARD = Card(
 
 
 @recipe(CARD)
-def mikv(budget: int | float = 0.5, bits: int = 2, group: int | None = None, window: float = 0.5) -> Recipe:
+def mikv(budget: int | float | str = 0.5, bits: int = 2, group: int | None = None, window: float = 0.5) -> Recipe:
     """Keeps important tokens exact and all others in few bits.
 
     Args:

@@ -58,9 +58,11 @@ class MinMax(Codec):
 
     def _grouped(self, x: Tensor) -> Tensor:
         """[h, n, D] -> [h, n / G, D, G] along tokens, [h, n, D / G, G] along channels."""
+        h, n, dim = x.shape
         if self.along == "tokens":
-            return x.unflatten(1, (-1, self.unit)).transpose(2, 3)
-        return x.unflatten(2, (-1, self.group or x.shape[2]))
+            return x.reshape(h, n // self.unit, self.unit, dim).transpose(2, 3)
+        group = self.group or dim
+        return x.reshape(h, n, dim // group, group)
 
     def encode(self, x: Tensor, const: Const) -> Block:
         small = torch.float16 if x.dtype == torch.float32 else x.dtype
