@@ -98,6 +98,10 @@ def _split(text: str) -> list[str]:
 
 def _one(part: str, text: str) -> Recipe:
     name, bracket, inside = part.strip().partition("(")
+    if not name.strip():
+        raise RecipeError(
+            f"a recipe is missing beside a '|' in {text!r}. Example: 'snapkv(budget=1024) | kivi(bits=4)'."
+        )
     factory, known = _find(name.strip())
     try:
         call = ast.parse(f"f({inside}" if bracket else "f()", mode="eval").body
