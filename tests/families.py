@@ -189,6 +189,8 @@ def build(family: str, *, assistant: bool = False, seed: int = 0, **overrides: A
         if "layer_types" in options:
             options["layer_types"] = options["layer_types"][:ASSISTANT_LAYERS]
     config = getattr(transformers, config_class)(**options)
+    if getattr(config, "attn_logit_softcapping", None):
+        config._attn_implementation = "eager"  # some versions of transformers drop the soft cap elsewhere
     model: PreTrainedModel = getattr(transformers, model_class)(config)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{family}-{assistant}".encode()) + seed)
     zero_centred = family.startswith("gemma")

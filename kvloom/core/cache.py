@@ -131,6 +131,7 @@ class KVLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest `-tokens_to_remove` positions (a number <= 0), then settles what had waited for it."""
+        tokens_to_remove = int(tokens_to_remove)  # some versions of transformers pass a tensor
         if tokens_to_remove > 0:
             raise CacheError(
                 f"crop({tokens_to_remove}): pass the number of tokens to remove as a negative number, "

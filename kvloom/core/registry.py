@@ -105,10 +105,12 @@ def _one(part: str, text: str) -> Recipe:
     factory, known = _find(name.strip())
     try:
         call = ast.parse(f"f({inside}" if bracket else "f()", mode="eval").body
-        if not isinstance(call, ast.Call):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             raise SyntaxError
+        if any(word.arg is None for word in call.keywords):
+            raise SyntaxError  # **options
         args = [ast.literal_eval(value) for value in call.args]
-        kwargs = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
+        kwargs = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, ValueError) as error:
         raise RecipeError(
             f"cannot read {part.strip()!r} in recipe {text!r}. Write {known.name}(option=value, ...) with numbers, "

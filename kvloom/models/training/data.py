@@ -115,8 +115,8 @@ class Source:
         size = tokenizer.get_vocab_size()
         texts = [tokenizer.decode([index], skip_special_tokens=False) for index in range(size)]
         self.closes = np.array([t.endswith((".", "!", "?", '."', '!"', '?"', ".”", "\n")) for t in texts])
-        self.first_plain = len(SPECIAL_TOKENS)
-        self.size = size
+        special = {tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+        self.plain = [index for index in range(size) if index not in special]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text; chat marks in it become their tokens."""
@@ -152,7 +152,7 @@ class Source:
         while total <= length:
             size = self.rng.randrange(8, 65)
             if self.rng.random() < 0.5:
-                run = np.array([self.rng.randrange(self.first_plain, self.size) for _ in range(size)])
+                run = np.array(self.rng.choices(self.plain, k=size))
             else:
                 run = self.text(size)
             parts += [run, run]

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 class Shape:
     """Sizes of the model; head size in channels, theta is the base of the rotary frequencies."""
 
-    vocab: int = 4096
+    vocab: int = 4099
     hidden: int = 256
     layers: int = 6
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 64
-    mlp: int = 384
+    mlp: int = 640
     theta: float = 1e5
     positions: int = 8192
 
@@ -84,13 +84,6 @@ class Block(nn.Module):
         return x + self.down(F.silu(gate) * up)
 
 
-# (layer, query head, offset, strength): heads that start out looking that many tokens back. Recall is built
-# on such # heads (match what stood before, copy what follows); finding them from noise takes millions of
-# tokens.
-OFFSET_HEADS = ((0, 0, 1, 1.3), (0, 1, 2, 1.3), (1, 0, 1, 1.3), (1, 1, 3, 1.3))
-COPY_HEADS = ((2, 0), (3, 2))  # (layer, query head), see plant_copy_heads
-
-
 class TrainLlama(nn.Module):
     """Tied-embedding Llama; ``forward`` returns one loss per asked position."""
 
@@ -105,68 +98,9 @@ class TrainLlama(nn.Module):
                 nn.init.normal_(weight, std=0.5 * weight.shape[1] ** -0.5)
             if name.endswith(("out.weight", "down.weight")):
                 weight.data.mul_(0.02)  # residual branches start quiet
-        for layer, head, offset, strength in OFFSET_HEADS:
-            self.plant_offset_head(layer, head, offset, strength)
-        self.plant_copy_heads()
         cos, sin = rotary(shape.positions, shape.head_dim, shape.theta)
         self.register_buffer("cos", cos[:, None], persistent=False)
         self.register_buffer("sin", sin[:, None], persistent=False)
-
-    @torch.no_grad()
-    def plant_offset_head(self, layer: int, head: int, offset: int, strength: float, bands: int = 8) -> None:
-        """Start a head with its attention peak ``offset`` tokens back.
-
-        Channel 0 of the embedding is about constant, so a query and a key that read only that channel
-        depend on the distance alone: with phases turned by ``offset`` in the ``bands`` fastest rotary
-        bands, the score sum(cos(frequency x (distance - offset))) is largest at that distance.
-        """
-        s = self.shape
-        self.embed[:, 0] = 0.1  # about five times the other channels
-        half = s.head_dim // 2
-        frequency = s.theta ** (-torch.arange(bands) / half)
-        weight = self.blocks[layer].qkv.weight
-        key = (s.heads + head // (s.heads // s.kv_heads)) * s.head_dim
-        query = head * s.head_dim
-        for row in (key, query):
-            for first in (row, row + half):
-                weight[first : first + bands] *= 0.1
-        weight[key : key + bands, 0] = strength
-        weight[key + half : key + half + bands, 0] = 0.0
-        weight[query : query + bands, 0] = strength * torch.cos(frequency * offset)
-        weight[query + half : query + half + bands, 0] = -strength * torch.sin(frequency * offset)
-
-    @torch.no_grad()
-    def plant_copy_heads(self, pass_on: float = 0.03, match: float = 2.5, copy: float = 0.3) -> None:
-        """Start an induction circuit: "A B ... A" suggests B.
-
-        Head 0 of layer 0, which looks one token back, writes a random 64-channel view of that token into the
-        residual stream. The heads of ``COPY_HEADS`` compare half of that view with the same view of the
-        present token, in the slow rotary bands where distance hardly counts, and write a view of the token
-        they find.
-        """
-        s, d = self.shape, self.shape.head_dim
-
-        def view() -> Tensor:  # d orthonormal rows [d, hidden] without the constant channel
-            rows = torch.linalg.qr(torch.randn(s.hidden - 1, d))[0].T
-            return torch.cat((torch.zeros(d, 1), rows), dim=1)
-
-        source, target = view(), view()
-        first = self.blocks[0]
-        first.qkv.weight[(s.heads + s.kv_heads) * d :][:d] = source
-        first.out.weight[:, :d] = pass_on * target.T
-        half = d // 2
-        slow = torch.cat((torch.arange(half // 2, half), torch.arange(half + half // 2, d)))
-        for layer, head in COPY_HEADS:
-            block, group = self.blocks[layer], head // (s.heads // s.kv_heads)
-            query, key = head * d, (s.heads + group) * d
-            block.qkv.weight[query : query + d] *= 0.1
-            block.qkv.weight[key : key + d] *= 0.1
-            block.qkv.weight[query + slow] = match * source[slow]
-            block.qkv.weight[key + slow] = match * target[slow]
-            output = view()
-            value = (s.heads + s.kv_heads + group) * d
-            block.qkv.weight[value : value + d] = output
-            block.out.weight[:, head * d : (head + 1) * d] = copy * output.T
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Normed hidden states [batch, length, hidden] of ids [batch, length]."""
@@ -212,3 +146,24 @@ class TrainLlama(nn.Module):
             own[to + "norm1"] = state[base + "input_layernorm.weight"]
             own[to + "norm2"] = state[base + "post_attention_layernorm.weight"]
         self.load_state_dict({name: tensor.float() for name, tensor in own.items()})
+
+
+def grow(state: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
+    """Hugging Face weights of a shallower model with fewer tokens, made to fit ``shape``; same function.
+
+    A new layer is a copy of the one before it whose two output projections are zero (block expansion,
+    arXiv 2401.02415); new layers stand spread over the depth. Tokens added at the end start as small noise.
+    """
+    old = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("model.layers."))
+    source = [round(index * (old - 1) / max(1, shape.layers - 1)) for index in range(shape.layers)]
+    table = state["model.embed_tokens.weight"].float()
+    extra = torch.randn(shape.vocab - len(table), shape.hidden) * 0.02
+    grown = {"model.embed_tokens.weight": torch.cat((table, extra)), "model.norm.weight": state["model.norm.weight"]}
+    for layer, origin in enumerate(source):
+        again = layer > 0 and source[layer - 1] == origin
+        for name, tensor in state.items():
+            if name.startswith(f"model.layers.{origin}."):
+                silent = again and name.endswith(("o_proj.weight", "down_proj.weight"))
+                target = name.replace(f"layers.{origin}.", f"layers.{layer}.", 1)
+                grown[target] = torch.zeros_like(tensor) if silent else tensor
+    return grown

@@ -122,6 +122,9 @@ def draw_facts(
     """
     book = wordings(wording)
     noun, plural = rng.choice(book.nouns)
+    if wording == "train" and rng.random() < 0.25:  # "the copper code": any word may say which number it is
+        word = rng.choice(words("keys", "train"))
+        noun, plural = f"{word} {noun.split()[-1]}", f"{word} {plural.split()[-1]}"
     style = rng.choice(styles)
     size = rng.choice(digits)
     mixed_style, mixed_size = rng.random() < 0.25, rng.random() < 0.4
@@ -166,7 +169,7 @@ def ask(rng: random.Random, facts: Sequence[Fact], wording: str) -> Question:
     joined = ", ".join(keys[:-1]) + " and " + keys[-1] if len(keys) > 1 else keys[0]
     number = {2: "two", 3: "three", 4: "four"}.get(max(len(keys), len(fact.values)), "")
     text = book.fill(rng, rng.choice(templates), key=joined, value="", noun=fact.noun, nouns=fact.plural, count=number)
-    answer = ", ".join(value for f in facts for value in f.values)
+    answer = ", ".join(f"{f.key}: {', '.join(f.values)}" for f in facts)
     return Question(text, answer, kind, keys)
 
 

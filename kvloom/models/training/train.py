@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from kvloom.models.training.data import Batch, Mixture, Source, build_cache
-from kvloom.models.training.model import Shape, TrainLlama
+from kvloom.models.training.model import Shape, TrainLlama, grow
 from kvloom.models.training.muon import Muon
 
 
@@ -44,14 +44,13 @@ class Stage:
 
 
 PLAN = (
-    Stage(0.10, (192,), mixture=Mixture(copying=0.35, recall=0.5, chat=0.0, easy=0.7, facts=3, multi=0.2)),
-    Stage(0.20, (256,), mixture=Mixture(copying=0.25, recall=0.55, easy=0.3, facts=5, multi=0.25)),
-    Stage(0.40, (384, 512), (0.5, 0.5), mixture=Mixture(copying=0.12, recall=0.65, easy=0.1, facts=8)),
-    Stage(0.60, (512, 1024), (0.4, 0.6), mixture=Mixture(copying=0.04, recall=0.7, facts=14)),
-    Stage(0.80, (512, 1024, 2048), (0.2, 0.3, 0.5), tokens=8192, mixture=Mixture(recall=0.72, facts=18)),
+    Stage(0.08, (256, 512), (0.5, 0.5), mixture=Mixture(easy=0.25, facts=8)),
+    Stage(0.35, (512,), mixture=Mixture(easy=0.08, facts=10)),
+    Stage(0.55, (512, 1024), (0.4, 0.6), tokens=8192, mixture=Mixture(easy=0.06, facts=16)),
+    Stage(0.75, (512, 1024, 2048), (0.3, 0.35, 0.35), tokens=8192, mixture=Mixture(easy=0.05, facts=20)),
     Stage(
-        1.01, (512, 1024, 2048, 4096, 8192), (0.15, 0.2, 0.25, 0.32, 0.08), tokens=8192,
-        mixture=Mixture(recall=0.72, facts=22),
+        1.01, (512, 1024, 2048, 4096, 8192), (0.15, 0.2, 0.25, 0.25, 0.15), tokens=8192,
+        mixture=Mixture(easy=0.05, facts=24),
     ),
 )  # fmt: skip
 
@@ -84,10 +83,10 @@ def export(model: TrainLlama, tokenizer_folder: Path, folder: Path) -> None:
 
 
 def load_weights(model: TrainLlama, folder: Path) -> None:
-    """Take the weights of an exported folder."""
+    """Take the weights of an exported folder; fewer layers or tokens than ``model`` has are grown."""
     from safetensors.torch import load_file
 
-    model.load_hf_state(load_file(folder / "model.safetensors"))
+    model.load_hf_state(grow(load_file(folder / "model.safetensors"), model.shape))
 
 
 class Trainer:
