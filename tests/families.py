@@ -209,9 +209,9 @@ def pristine(family: str, assistant: bool = False) -> PreTrainedModel:
 
 
 @functools.cache
-def subject(family: str) -> PreTrainedModel:
-    """The session's model with the same weights that kvloom caches are attached to."""
-    return build(family)
+def subject(family: str, **overrides: Any) -> PreTrainedModel:
+    """The session's model with the same weights that kvloom caches are attached to; a recipe measures it once."""
+    return build(family, **overrides)
 
 
 def prompt(length: int, seed: int = 0, distinct: int = VOCAB - 10) -> torch.Tensor:

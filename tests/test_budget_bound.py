@@ -11,7 +11,7 @@ from torch import Tensor
 from kvloom import KVCache
 from kvloom.core.codec import Block, Const
 from kvloom.segments.minmax import MinMax
-from tests.families import build, prompt
+from tests.families import prompt, subject
 from tests.reference import held, kept, layers_of, run_cache
 
 # recipe -> most slots of a head after any forward: budget, what an interval lets wait, a unit less one
@@ -41,7 +41,7 @@ SIZES = {
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("recipe", BOUNDS)
 def test_slots_stay_within_the_bound(recipe: str, sizes: list[int]) -> None:
-    model = build("llama")
+    model = subject("llama")
     cache = KVCache(model, recipe)
 
     def check(length: int) -> None:
@@ -65,7 +65,7 @@ NEWEST = {
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("recipe", NEWEST)
 def test_newest_tokens_stay_in_compositions(recipe: str, sizes: list[int]) -> None:
-    model = build("llama")
+    model = subject("llama")
     cache = KVCache(model, recipe)
 
     def check(length: int) -> None:
@@ -84,7 +84,7 @@ def test_newest_tokens_stay_in_compositions(recipe: str, sizes: list[int]) -> No
 )
 def test_what_is_exact_is_the_newest(recipe: str, sizes: list[int]) -> None:
     """A value outside the residual is frozen, so the exact values are the newest tokens of those held."""
-    model, residual = build("llama"), 16
+    model, residual = subject("llama"), 16
     cache = KVCache(model, f"{recipe} | kivi(bits=4, group=8, residual={residual})")
 
     def check(length: int) -> None:
@@ -114,7 +114,7 @@ def test_what_is_exact_is_the_newest(recipe: str, sizes: list[int]) -> None:
 )
 def test_nothing_is_encoded_twice(recipe: str, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row that is encoded is one that the model made, and each at most once per plane."""
-    model = build("llama")
+    model = subject("llama")
     cache = KVCache(model, recipe)
     made: set[bytes] = set()
     update, encode = type(cache).update, MinMax.encode
@@ -143,7 +143,7 @@ def test_nothing_is_encoded_twice(recipe: str, sizes: list[int], monkeypatch: py
 @pytest.mark.parametrize("recipe", list(BOUNDS)[7:12])
 def test_bytes_of_dropped_units_are_freed(recipe: str) -> None:
     """Bytes do not grow with the text once the budget is reached."""
-    model = build("llama")
+    model = subject("llama")
     cache, sizes = KVCache(model, recipe), []
     run_cache(model, cache, prompt(340), [140] + [1] * 200, lambda n: sizes.append(cache.nbytes))
     room = 2 * 3 * (64 * 2 * 16 * 4)  # of the buffers that come and go
@@ -153,7 +153,7 @@ def test_bytes_of_dropped_units_are_freed(recipe: str) -> None:
 
 def test_stays_close_to_full_with_a_loose_budget() -> None:
     """A composition whose budget holds everything is its codec alone."""
-    model, ids, sizes = build("llama"), prompt(100), [80] + [1] * 20
+    model, ids, sizes = subject("llama"), prompt(100), [80] + [1] * 20
     for placement in ("h2o(budget=200)", "snapkv(budget=200)", "streamingllm(window=200)"):
         got = run_cache(model, KVCache(model, f"{placement} | kivi(bits=8, group=8, residual=16)"), ids, sizes)
         want = run_cache(model, KVCache(model, "kivi(bits=8, group=8, residual=16)"), ids, sizes)

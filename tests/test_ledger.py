@@ -10,7 +10,7 @@ import torch
 
 from kvloom import KVCache
 from kvloom.core.cache import KVLayer
-from tests.families import build, prompt
+from tests.families import build, prompt, subject
 from tests.reference import kept, layers_of, run_cache
 
 RECIPES = [
@@ -46,7 +46,7 @@ def living() -> int:
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_nbytes_is_what_deleting_frees(recipe: str, sizes: list[int]) -> None:
-    model = build("llama")
+    model = subject("llama")
     cache = KVCache(model, recipe)
     run_cache(model, cache, prompt(sum(sizes)), sizes)
     told, before = cache.nbytes, living()
@@ -57,7 +57,7 @@ def test_nbytes_is_what_deleting_frees(recipe: str, sizes: list[int]) -> None:
 
 def test_nbytes_with_forks() -> None:
     """What copies share is counted once by each and freed with the last."""
-    model = build("llama")
+    model = subject("llama")
     cache = KVCache(model, "kivi(bits=2, group=8, residual=16)")
     run_cache(model, cache, prompt(300), [300])
     twin = copy.deepcopy(cache)
@@ -83,7 +83,7 @@ def state(cache: KVCache) -> int:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_used_equals_the_formula(recipe: str, sizes: list[int]) -> None:
     """Keys and values to the byte; columns at most what the formula says."""
-    model = build("llama")
+    model = subject("llama")
     cache = KVCache(model, recipe)
     run_cache(model, cache, prompt(sum(sizes)), sizes)
     planes = columns = want = most = 0
@@ -109,13 +109,13 @@ def test_used_equals_the_formula(recipe: str, sizes: list[int]) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_little_empty_room(recipe: str, sizes: list[int]) -> None:
     """At most 256 slots of every buffer, or 6 % of it."""
-    model = build("llama")
+    model = subject("llama")
     check_room(model, recipe, sizes)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_little_empty_room_after_a_long_prompt(recipe: str) -> None:
-    check_room(build("llama", max_position_embeddings=4096), recipe, [2001, 1, 1, 1])
+    check_room(subject("llama", max_position_embeddings=4096), recipe, [2001, 1, 1, 1])
 
 
 def check_room(model: torch.nn.Module, recipe: str, sizes: list[int]) -> None:
@@ -154,7 +154,7 @@ KIVI = " | kivi(bits=4, group=8, residual=16)"
 @pytest.mark.parametrize("kivi", ["", KIVI], ids=["exact", "kivi"])
 def test_budget_in_bytes(name: str, kivi: str, budget: str, size: int) -> None:
     """Bytes of the sequence after the prompt, empty room aside: no more than asked for, nor much less."""
-    model = build("llama", max_position_embeddings=8192)
+    model = subject("llama", max_position_embeddings=8192)
     length = (400 if size < 2**18 else 2500) * (2 if kivi else 1)
     cache = KVCache(model, BYTES[name].format(budget) + kivi)
     run_cache(model, cache, prompt(length), [length])
@@ -165,7 +165,7 @@ def test_budget_in_bytes(name: str, kivi: str, budget: str, size: int) -> None:
 
 @pytest.mark.parametrize("name", BYTES)
 def test_fewer_bits_keep_more_tokens(name: str) -> None:
-    model, counts = build("llama"), []
+    model, counts = subject("llama"), []
     for kivi in ("", KIVI):
         cache = KVCache(model, BYTES[name].format("100KB") + kivi)
         run_cache(model, cache, prompt(500), [500])

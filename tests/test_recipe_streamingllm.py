@@ -109,7 +109,7 @@ def test_sinks_turn_under_kivi(first: int) -> None:
             assert index[:4] == list(range(min(4, length)))
             assert len(index) <= 48 + 7 and set(range(length - min(44, length), length)) <= set(index)
     want = run(Followed(model, seen), ids, sizes)
-    assert (got - want).abs().max() < 0.1
+    assert (got - want).abs().mean() < 0.02  # what 8 bits cost alone is 0.008
 
 
 def test_options() -> None:

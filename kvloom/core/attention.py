@@ -15,7 +15,6 @@ from torch import Tensor
 
 from kvloom.core.group import Group
 from kvloom.core.rope import Rope
-from kvloom.core.run import Run
 from kvloom.core.segment import SMALL, Segment
 from kvloom.kernels import reference
 
@@ -83,19 +82,6 @@ def _mixed(p: Tensor, segment: Segment, width: int) -> Tensor:
     return out
 
 
-def _dense(runs: list[Run], start: int, stop: int) -> Tensor:
-    """The slots [start, stop) of one plane, decoded; a view where they lie in one exact run."""
-    parts, at = [], 0
-    for run in runs:
-        a, b = max(start - at, 0), min(stop - at, run.n)
-        if a < b:
-            unit = run.codec.unit
-            x = run.codec.decode(run.part(a // unit * unit, -(-b // unit) * unit), run.const)
-            parts.append(x[:, a % unit : a % unit + b - a])
-        at += run.n
-    return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[-1].dtype) for part in parts], 1)
-
-
 def as_bias(mask: Tensor, g: int) -> Tensor:
     """A mask [h, g or 1, m, n], boolean or additive -> what is added to the logits, [h, g * m, n] fp32."""
     if mask.dtype == torch.bool:
@@ -119,7 +105,7 @@ def _attend_segment(
     """q [h, R, D] -> partial results over the stored slots and, if asked for, the logits [h, R, n]."""
     n, coded = segment.n, segment.frozen
     if q.shape[1] > MANY:
-        k, v = _dense(segment.key.runs, 0, n).to(q.dtype), _dense(segment.value.runs, 0, n).to(q.dtype)
+        k, v = segment.key.dense(0, n).to(q.dtype), segment.value.dense(0, n).to(q.dtype)
         plain = logits.softcap is None and (bias is None or bias.shape[1] == 1)
         if plain:
             return [reference.dense(q, k, v, logits.scale, bias=bias)], None
@@ -135,7 +121,7 @@ def _attend_segment(
         p /= p.sum(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
         parts.append((_mixed(p, segment, split), lse))
     for start, stop in _stretches(segment, split):
-        k, v = _dense(segment.key.runs, start, stop), _dense(segment.value.runs, start, stop)
+        k, v = segment.key.dense(start, stop), segment.value.dense(start, stop)
         parts.append(reference.dense(q, k, v, logits.scale))
     return parts, s if emit else None
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,7 +23,13 @@ __all__ = ["load", "save"]
 def save(path: str | Path, model: PreTrainedModel, recipe: str, tensors: dict[str, Tensor], **settings: object) -> None:
     """Writes a profile atomically. `settings` say how it was made and are stored as text."""
     path = Path(path)
-    about = {"kvloom": "profile 1", "recipe": recipe, "model": fingerprint(model), "settings": json.dumps(settings)}
+    about = {
+        "kvloom": "profile 1",
+        "recipe": recipe,
+        "model": fingerprint(model),
+        "settings": json.dumps(settings),
+        "digest": _digest(tensors),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
@@ -31,6 +39,14 @@ def save(path: str | Path, model: PreTrainedModel, recipe: str, tensors: dict[st
     except BaseException:
         os.unlink(name)
         raise
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        found.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        found.update(x.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def load(
@@ -49,6 +65,8 @@ def load(
         raise ProfileError(f"profile={str(path)!r} cannot be read as safetensors ({error}). Make it again.") from error
     if about.get("recipe") != recipe:
         raise ProfileError(f"profile={str(path)!r} is for {about.get('recipe')!r}, not for {recipe!r}.")
+    if about.get("digest") != _digest(tensors):
+        raise ProfileError(f"profile={str(path)!r} is damaged: its content does not match its digest. Make it again.")
     if about.get("model") != fingerprint(model):
         raise ProfileError(
             f"profile={str(path)!r} was made on another model. Make one for this model with: "

@@ -43,9 +43,6 @@ class Budget(Protocol):
 
     def __call__(self, step: Step) -> int | None: ...
 
-    def check(self, least: int) -> None:
-        """Raises RecipeError if fewer than `least` slots would be kept."""
-
     def bind(self, recipe: Recipe, sites: list[Site]) -> Budget:
         """The same budget in tokens, where it was given in bytes of a whole sequence."""
 
@@ -73,7 +70,8 @@ class Placement(Protocol):
 class Policy:
     """What happens to the slots of the classes `over` when a layer settles.
 
-    `every`: wait until that many are over budget. `sorts`: also once after the first forward, whatever the budget.
+    `every`: wait until that many are over budget. `sorts`: also, whatever the budget, after a forward that
+    begins at a place in the text before that many.
     """
 
     budget: Budget
@@ -81,7 +79,7 @@ class Policy:
     score: Scorer | None = None
     over: tuple[str, ...] = ("main",)
     every: int = 1
-    sorts: bool = False
+    sorts: int = 0
 
 
 def _main() -> dict[str, Kind]:
@@ -149,6 +147,11 @@ class Recipe:
                 total += codec.nbytes(frozen, dim, site.itemsize) + (n - frozen) * dim * site.itemsize
             total += 4 * n * self.columns(name)
         return total * site.kv_heads
+
+    def state(self, site: Site) -> int:
+        """Bytes of the newest queries that scorers ask for, in one layer."""
+        window = max((p.score.queries for p in self.policy.values() if p.score is not None), default=0)
+        return max(0, window) * site.q_heads * site.key_dim * site.itemsize
 
     def columns(self, name: str) -> int:
         """How many 4-byte columns each slot of the class carries once slots have left."""

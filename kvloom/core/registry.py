@@ -107,8 +107,9 @@ def _one(part: str, text: str) -> Recipe:
         call = ast.parse(f"f({inside}" if bracket else "f()", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             raise SyntaxError
-        if any(word.arg is None for word in call.keywords):
-            raise SyntaxError  # **options
+        names = [word.arg for word in call.keywords]
+        if None in names or len(set(names)) < len(names):
+            raise SyntaxError  # **options, or one given twice
         args = [ast.literal_eval(value) for value in call.args]
         kwargs = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, ValueError) as error:

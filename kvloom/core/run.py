@@ -9,7 +9,7 @@ from kvloom.core.codec import Block, Codec, Const
 
 __all__ = ["Buffer", "Run"]
 
-ROOM = 64  # slots of empty room that a growing buffer asks for ...
+ROOM = 16  # slots of empty room that a buffer has ...
 SHARE = 20  # ... or one slot in this many, where that is more: 5 % of the buffer
 
 
@@ -25,20 +25,35 @@ class Buffer:
 
     def append(self, x: Tensor) -> None:
         """Adds x [h, m, ...] behind the last row."""
+        if self.start + self.n + x.shape[1] > self.data.shape[1]:
+            self._move(self.n + x.shape[1], x)
         end = self.start + self.n + x.shape[1]
-        if end > self.data.shape[1]:
-            held, self.start = self.view, 0
-            end = self.n + x.shape[1]
-            shape = (x.shape[0], end + max(ROOM // self.per, end // SHARE, 1), *x.shape[2:])
-            self.data = x.new_empty(shape)
-            self.data[:, : self.n] = held
         self.data[:, end - x.shape[1] : end] = x
         self.n = end - self.start
 
     def drop_front(self, rows: int) -> None:
-        """Forgets the first rows; their room is used again when the buffer next grows."""
+        """Forgets the first rows."""
         self.start += rows
-        self.n -= rows
+        self._shrink(self.n - rows)
+
+    def cut(self, rows: int) -> None:
+        """Forgets all but the first rows."""
+        self._shrink(rows)
+
+    def _shrink(self, n: int) -> None:
+        """Frees the room of forgotten rows, once it is worth a copy."""
+        self.n = n
+        if self.data.shape[1] - n > ROOM // self.per + self._room(n):
+            self._move(n, self.data)
+
+    def _room(self, n: int) -> int:
+        return max(ROOM // self.per, n // SHARE)
+
+    def _move(self, n: int, like: Tensor) -> None:
+        """Takes the rows to a new tensor with room for n and some more."""
+        held = self.view
+        self.data = like.new_empty((like.shape[0], n + self._room(n), *like.shape[2:]))
+        self.data[:, : self.n], self.start = held, 0
 
     @property
     def view(self) -> Tensor:

@@ -79,6 +79,18 @@ class _Plane:
     def frozen(self) -> int:
         return sum(run.n for run in self.runs if not run.codec.exact)
 
+    def dense(self, start: int, stop: int) -> Tensor:
+        """The slots [start, stop), decoded; a view where they lie in one exact run."""
+        parts, at = [], 0
+        for run in self.runs:
+            a, b = max(start - at, 0), min(stop - at, run.n)
+            if a < b:
+                unit = run.codec.unit
+                x = run.codec.decode(run.part(a // unit * unit, -(-b // unit) * unit), run.const)
+                parts.append(x[:, a % unit : a % unit + b - a])
+            at += run.n
+        return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[-1].dtype) for part in parts], 1)
+
     def append(self, codec: Codec, x: Tensor) -> None:
         """Encodes x [h, m, D] and puts it behind the last run of that codec."""
         block = codec.encode(x, self.const)
@@ -151,7 +163,8 @@ class _Plane:
 
     @property
     def writable(self) -> bool:
-        return len(self.runs) == 1 and self.runs[0].codec.exact and not self.runs[0].sealed
+        """Whether slots may change places: what is encoded later must stay in order."""
+        return self.codec.exact and len(self.runs) == 1 and not self.runs[0].sealed
 
 
 class Segment:
@@ -273,10 +286,10 @@ class Segment:
         heads = torch.arange(h, device=slots.device)[:, None]
         for x, run in ((rows.k, self.key.runs[0]), (rows.v, self.value.runs[0])):
             run.fields["x"].view[heads, hole] = x
-            run.fields["x"].n = left
+            run.fields["x"].cut(left)
         for name, x in {**rows.cols, "index": rows.where}.items():
             self.cols[name].view[heads, hole] = x
-            self.cols[name].n = left
+            self.cols[name].cut(left)
         self.n = left
 
     def settle(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ def place(step: Step, policy: Policy) -> list[Group]:
     table = Table(step.group, policy.over, step.q.device)
     budget = policy.budget(step)
     due = budget is not None and table.n > 0
-    due = due and (table.n - (budget or 0) >= policy.every or (policy.sorts and step.first == 0))
+    due = due and (table.n - (budget or 0) >= policy.every or step.first < policy.sorts)
     # A score that adds up over all queries (queries < 0) is owed to every forward; others only when they decide something.
     owed = policy.score is not None and (due or policy.score.queries < 0)
     scores = policy.score(step, table) if owed and policy.score is not None else None
@@ -48,7 +50,10 @@ def _route(step: Step, table: Table, route: Tensor) -> list[Group]:
             continue
         for to in part.unique().tolist():
             if to not in (own, DROP):
-                step.group.segments[step.classes[to]].append(segment.read(_where(part == to)))
+                rows, name = segment.read(_where(part == to)), step.classes[to]
+                if name not in table.over:  # what scorers remember is of no use there
+                    rows = replace(rows, cols={c: x for c, x in rows.cols.items() if c == "logw"})
+                step.group.segments[name].append(rows)
         segment.keep(_where(part == own))
     return [step.group]
 

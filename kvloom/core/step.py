@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 from kvloom.core.attention import Logits, segment_logits
 from kvloom.core.group import Group, Table
 from kvloom.core.recipe import Phase
+from kvloom.core.segment import Segment
 from kvloom.core.site import Site
-from kvloom.kernels import reference
 
 __all__ = ["Step"]
+
+TILE = 1 << 18  # logits computed at a time where attention is summed: 1 MiB of fp32, which a core's cache still holds
 
 
 @dataclass
@@ -54,32 +57,32 @@ class Step:
     def mass(self, table: Table) -> Tensor:
         """Attention that every slot of the table receives from all rows of this forward, summed: [h, g, n] fp32.
 
-        Blocks of queries, so nothing of size T x T exists; each row's weights over all slots sum to one.
+        In tiles, so nothing of size T x T exists; each row's weights over all slots sum to one.
         """
         if self.seen is not None:
             return torch.cat([self.seen[name] for name, _ in table.parts], -1)
-        return torch.cat([self._mass(segment_name, table) for segment_name, _ in table.parts], -1)
+        return torch.cat([self._mass(name, segment) for name, segment in table.parts], -1)
 
-    def _mass(self, name: str, table: Table) -> Tensor:
-        segment = self.group.segments[name]
+    def _mass(self, name: str, segment: Segment) -> Tensor:
         h, g, m, _ = self.q.shape
-        out = self.q.new_zeros((h, g, segment.n), dtype=torch.float32)
-        index = segment.index
-        ordered = "index" not in segment.cols
-        rows = max(1, reference.BLOCK // max(1, h * g * segment.n))
-        for at in range(0, m, rows):
-            stop = min(at + rows, m)
-            width = min(segment.n, self.first + stop - segment.start) if ordered else segment.n
-            if width <= 0:
-                continue
-            s = segment_logits(self.q[:, :, at:stop], self.group, segment, self.logits, width)
-            s -= self.lse[:, :, at:stop, None]
-            s.exp_()
-            last = torch.arange(self.first + at, self.first + stop, device=s.device)
-            ahead = index[:, None, None, :width] > last[:, None]
-            s.masked_fill_(ahead, 0.0)
-            out[..., :width] += s.sum(2)
-        return out
+        past = segment.n - (m if name == "main" else 0)  # the new rows are the last slots of main, all others are older
+        q = self.q.float() * self.logits.scale
+        out = q.new_zeros((h, g, segment.n))
+        rows = min(m, max(64, math.isqrt(TILE // (h * g))))
+        cols = max(64, TILE // (h * g * max(1, rows)))
+        for c in range(0, segment.n if m else 0, cols):
+            d = min(c + cols, segment.n)
+            keys = segment.key.dense(c, d).float().transpose(1, 2)
+            for at in range(max(0, c - past), m, rows):
+                stop = min(at + rows, m)
+                s = torch.matmul(q[:, :, at:stop].flatten(1, 2), keys).unflatten(1, (g, -1))
+                s = self.logits.cap(s).sub_(self.lse[:, :, at:stop, None]).exp_()
+                if d - past > at + 1:
+                    place = torch.arange(c - past, d - past, device=s.device)
+                    s.masked_fill_(place > torch.arange(at, stop, device=s.device)[:, None], 0.0)
+                out[:, :, c:d] += s.sum(2)
+        logw = segment.column("logw")
+        return out if logw is None else out * logw.exp()[:, None]
 
     def window(self, table: Table, rows: int) -> Tensor:
         """Attention of the newest `rows` queries over what is stored now, summed: [h, g, n] fp32."""

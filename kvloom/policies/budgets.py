@@ -29,10 +29,12 @@ def read_bytes(text: str) -> int:
 class Tokens:
     """`size` is slots per layer and KV head (int), a ratio of the prompt (float up to 1), or bytes ("64MiB").
 
-    A ratio of 1.0 sets no limit. `held(n)` says how many slots of each class a head holds at a budget of n, for a budget in bytes.
+    A ratio of 1.0 sets no limit. `held(n)` says how many slots of each class a head holds at a budget of n, for a budget in bytes. `least`
+    slots must fit: sinks and window.
     """
 
     size: Size
+    least: int = 1
     held: Callable[[int], dict[str, int]] = lambda n: {"main": n}
     limit: int | None = None
 
@@ -46,10 +48,8 @@ class Tokens:
             raise RecipeError(f"budget={size!r} is no ratio: use 0 < ratio <= 1.0, or a whole number of tokens.")
         elif isinstance(size, int) and size < 1:
             raise RecipeError(f"budget={size!r} must be at least 1 token.")
-
-    def check(self, least: int) -> None:
-        if isinstance(self.size, int) and self.size < least:
-            raise RecipeError(f"budget={self.size} is smaller than sinks + window = {least}. Use budget >= {least}.")
+        elif isinstance(size, int) and size < self.least:
+            raise RecipeError(f"budget={size} is smaller than sinks + window = {self.least}. Use budget >= {self.least}.")
 
     def bind(self, recipe: Recipe, sites: list[Site]) -> Tokens:
         if not isinstance(self.size, str) or not sites:
@@ -58,11 +58,14 @@ class Tokens:
         total = max(site.layers for site in sites) / len(sites)
 
         def needed(n: int) -> float:
-            return total * sum(recipe.nbytes(site, self.held(n)) for site in sites)
+            return total * sum(recipe.nbytes(site, self.held(n)) + recipe.state(site) for site in sites)
 
-        if needed(1) > wanted:
-            raise RecipeError(f"budget={self.size!r}: one token per head already needs {int(needed(1)):,} bytes.")
-        low, high = 1, 2
+        if needed(self.least) > wanted:
+            raise RecipeError(
+                f"budget={self.size!r} is too small for this model: {self.least} slots per head (sinks + window) need "
+                f"{int(needed(self.least)):,} bytes. Use a larger budget or a smaller window."
+            )
+        low, high = self.least, 2 * self.least
         while needed(high) <= wanted:
             low, high = high, high * 2
         while high - low > 1:

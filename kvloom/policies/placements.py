@@ -43,7 +43,9 @@ class Keep:
         own = torch.cat([index.new_full((s.n,), step.classes.index(name)) for name, s in table.parts]).long()
         if scores is None:
             scores = index.float()
-        newest = int(self.newest * budget) if isinstance(self.newest, float) else min(self.newest, budget)
+            newest = budget - int((index[0] < self.sinks).sum())
+        else:
+            newest = int(self.newest * budget) if isinstance(self.newest, float) else min(self.newest, budget)
         safe = (index >= step.length - newest) | (index < self.sinks)
         scores = scores.masked_fill(safe, torch.inf)
         route = own.expand(len(scores), -1)

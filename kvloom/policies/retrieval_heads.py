@@ -36,11 +36,9 @@ class _Echoes:
         sums = [step.lse.new_zeros(step.q.shape[:2]) for _ in range(2)]
         for back in range(1, REPEATS):
             for i, ahead in enumerate((0, 1)):  # the same token; the one after it
-                lag = back * self.period - ahead
-                s = (step.q[:, :, 1 + lag :].float() * keys[:, None, 1 : m - lag].float()).sum(-1) * step.logits.scale
-                p = (step.logits.cap(s) - step.lse[:, :, 1 + lag :]).exp()
-                first = self.period - lag  # queries of the second round and later only
-                sums[i] += p[:, :, max(0, first) :].sum(-1)
+                lag, key = back * self.period - ahead, 1 + ahead  # token 0 is no part of the repeated text
+                s = (step.q[:, :, key + lag :] * keys[:, None, key : m - lag]).float().sum(-1) * step.logits.scale
+                sums[i] += (step.logits.cap(s) - step.lse[:, :, key + lag :]).exp().sum(-1)
         count = m - 1 - self.period
         self.found[step.site.layer] = (sums[0].flatten() / count, sums[1].flatten() / count)
         return step.lse.new_zeros((step.heads, table.n))
@@ -71,7 +69,7 @@ def measure(model: PreTrainedModel, tokens: int = 2500, seed: int = 0) -> dict[s
     training = model.training
     model.eval()
     try:
-        model(ids[None].to(model.device), past_key_values=KVCache(model, watching), use_cache=True)
+        model.base_model(ids[None].to(model.device), past_key_values=KVCache(model, watching), use_cache=True)
     finally:
         model.train(training)
     shape = (config.num_hidden_layers, config.num_attention_heads)

@@ -33,7 +33,10 @@ class Window:
         inside = (index >= step.length - self.queries)[:, None]
         mass = mass.masked_fill(inside, 0.0).flatten(0, 1)[:, None]
         pool = F.max_pool1d if self.pool == "max" else F.avg_pool1d
-        pooled: Tensor = pool(mass, self.kernel, 1, self.kernel // 2)
+        # Neighbours are neighbours in the text; slots may have changed places since.
+        order = index.argsort(-1).repeat_interleave(len(mass) // len(index), 0)[:, None]
+        pooled: Tensor = pool(mass.gather(-1, order), self.kernel, 1, self.kernel // 2)
+        pooled = torch.empty_like(mass).scatter_(-1, order, pooled)
         return pooled.reshape(step.heads, -1, table.n).mean(1)
 
 

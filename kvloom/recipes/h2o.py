@@ -41,7 +41,7 @@ def h2o(budget: int | float | str = 0.2, window: int | float = 0.5) -> Recipe:
         or (isinstance(window, float) and window > 1)
     ):
         raise RecipeError(f"window={window!r} must be a number of tokens, or a share of the budget up to 1.0.")
-    size, place = Tokens(budget), Keep(newest=window)
-    size.check(max(1, place.least))
+    place = Keep(newest=window)
+    size = Tokens(budget, least=max(1, place.least))
     policy = Policy(size, place, Accumulated())
     return Recipe("h2o", {"prompt": policy, "decode": policy})

@@ -17,7 +17,7 @@ from kvloom.core.registry import recipe
 from kvloom.core.segment import Kind
 from kvloom.core.step import Step
 from kvloom.core.view import text_config
-from kvloom.errors import RecipeError
+from kvloom.errors import ProfileError, RecipeError
 from kvloom.policies.budgets import Tokens
 from kvloom.policies.placements import Keep
 from kvloom.policies.retrieval_heads import measure
@@ -76,7 +76,7 @@ def razorattention(
             f"budget={budget!r}: retrieval heads keep every token, so bytes grow with the text. Give tokens or a ratio."
         )
     if budget is not None:
-        Tokens(budget).check(sinks + 2)
+        Tokens(budget, least=sinks + 2)  # refuses one that is too small
 
     def prepare(model: PreTrainedModel) -> Recipe:
         heads = _retrieval_heads(_scores(model, profile), echo, induction, model)
@@ -103,7 +103,11 @@ def _scores(model: PreTrainedModel, profile: str | None) -> dict[str, Tensor]:
     if profile is not None:
         config = text_config(model)
         shape = (config.num_hidden_layers, config.num_attention_heads)
-        return profiles.load(profile, model, "razorattention", {"echo": shape, "induction": shape})
+        scores = profiles.load(profile, model, "razorattention", {"echo": shape, "induction": shape})
+        for name, x in scores.items():
+            if not bool((x.isfinite() & (x >= 0)).all()):
+                raise ProfileError(f"profile={profile!r}: {name} must be finite numbers from 0 on. Make it again.")
+        return scores
     if model not in _measured:
         _measured[model] = measure(model)
     return _measured[model]

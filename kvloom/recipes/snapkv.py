@@ -53,8 +53,7 @@ def snapkv(
         raise RecipeError("pool: " + unknown("value", str(pool), ("max", "avg")))
     if interval is not None and (not isinstance(interval, int) or interval < 1):
         raise RecipeError(f"interval={interval!r} must be a number of tokens, at least 1, or None.")
-    size, place, score = Tokens(budget), Keep(newest=window), Window(window, kernel, pool)
-    size.check(window)
+    size, place, score = Tokens(budget, least=window), Keep(newest=window), Window(window, kernel, pool)
     policy = {"prompt": Policy(size, place, score)}
     if interval is not None:
         policy["decode"] = Policy(size, place, score, every=interval)

@@ -63,8 +63,7 @@ def streamingllm(sinks: int = 4, window: int = 512, budget: int | float | str | 
     def held(n: int) -> dict[str, int]:
         return {"main": max(0, n - sinks), "sinks": min(n, sinks)}
 
-    size = _Rest(sinks + window if budget is None else budget, held)
-    size.check(sinks + 1)
-    policy = Policy(size, Keep(sinks=sinks, sinks_to="sinks"), sorts=True)
+    size = _Rest(sinks + window if budget is None else budget, sinks + 1, held)
+    policy = Policy(size, Keep(sinks=sinks, sinks_to="sinks"), sorts=max(1, sinks))
     kinds = {"main": Kind(), "sinks": Kind(turn=True)}
     return Recipe("streamingllm", {"prompt": policy, "decode": policy}, kinds, _check)

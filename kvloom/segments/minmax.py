@@ -68,8 +68,9 @@ class MinMax(Codec):
         small = torch.float16 if x.dtype == torch.float32 else x.dtype
         grouped = self._grouped(x).float()
         low, high = grouped.aminmax(dim=-1)
-        zero = low.to(small)
-        scale = ((high - zero.float()).clamp_min_(0) / (2**self.bits - 1)).to(small)
+        most = torch.finfo(small).max  # what 16 bits can't hold saturates
+        zero = low.clamp(-most, most).to(small)
+        scale = ((high - zero.float()) / (2**self.bits - 1)).clamp_(0, most).to(small)
         step = scale.float().masked_fill(scale == 0, 1.0)[..., None]
         codes = ((grouped - zero.float()[..., None]) / step).round_().clamp_(0, 2**self.bits - 1).to(torch.uint8)
         if self.along == "channels":

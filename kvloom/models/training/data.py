@@ -96,7 +96,7 @@ class Mixture:
     chat: float = 0.04
     easy: float = 0.0
     facts: int = 8
-    multi: float = 0.35
+    multi: float = 0.45
     value_first: float = 0.12
     question_first: float = 0.12
     words_as_values: float = 0.08
@@ -163,7 +163,7 @@ class Source:
     def recall_row(self, length: int, mix: Mixture) -> tuple[np.ndarray, np.ndarray]:
         """A document with facts and a chat that asks about them; answers weigh most."""
         rng = self.rng
-        wording = "easy" if rng.random() < mix.easy else "train"
+        wording = "easy" if rng.random() < mix.easy else "loose"
         wanted = rng.randint(1, 3) if rng.random() < 0.2 else rng.randint(max(1, mix.facts // 3), mix.facts)
         several = rng.random() < 2 * mix.multi
         counts = [rng.choice((2, 2, 3, 3, 4)) if several and rng.random() < 0.3 else 1 for _ in range(wanted)]
@@ -171,7 +171,7 @@ class Source:
             counts.pop()
         facts = draw_facts(
             rng, counts, "train", wording, same_wording=rng.random() < 0.6,
-            value_first=mix.value_first if wording == "train" else 0,
+            value_first=mix.value_first if wording == "loose" else 0,
             **({"digits": (0,)} if rng.random() < mix.words_as_values else {}),
             **({"styles": ("word",)} if wording == "easy" else {}),
         )  # fmt: skip

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from kvloom.models.training.wordings import EASY, HELD_OUT, TRAIN, Wordings
+from kvloom.models.training.wordings import EASY, HELD_OUT, LOOSE, TRAIN, Wordings
 
 TASKS = ("single", "multi-key", "multi-value", "multi-query")
 SHARED = "shared"  # one document for the last three: 9 keys with one value, 1 key with 3
@@ -29,8 +29,8 @@ def words(kind: str, split: str) -> tuple[str, ...]:
 
 
 def wordings(split: str) -> Wordings:
-    """The wordings of a split, "train" or "held-out"."""
-    return {"train": TRAIN, "held-out": HELD_OUT, "easy": EASY}[split]
+    """The wordings of a split: "train", "held-out", "easy" (one plain one), "loose" (train and random sentences)."""
+    return {"train": TRAIN, "held-out": HELD_OUT, "easy": EASY, "loose": LOOSE}[split]
 
 
 @dataclass
@@ -122,7 +122,7 @@ def draw_facts(
     """
     book = wordings(wording)
     noun, plural = rng.choice(book.nouns)
-    if wording == "train" and rng.random() < 0.25:  # "the copper code": any word may say which number it is
+    if wording == "loose" and rng.random() < 0.25:  # "the copper code": any word may say which number it is
         word = rng.choice(words("keys", "train"))
         noun, plural = f"{word} {noun.split()[-1]}", f"{word} {plural.split()[-1]}"
     style = rng.choice(styles)
@@ -168,7 +168,8 @@ def ask(rng: random.Random, facts: Sequence[Fact], wording: str) -> Question:
         kind, templates = "single", book.questions
     joined = ", ".join(keys[:-1]) + " and " + keys[-1] if len(keys) > 1 else keys[0]
     number = {2: "two", 3: "three", 4: "four"}.get(max(len(keys), len(fact.values)), "")
-    text = book.fill(rng, rng.choice(templates), key=joined, value="", noun=fact.noun, nouns=fact.plural, count=number)
+    template = book.question(rng, templates, "{noun}" if kind == "single" else "{nouns}")
+    text = book.fill(rng, template, key=joined, value="", noun=fact.noun, nouns=fact.plural, count=number)
     answer = ", ".join(f"{f.key}: {', '.join(f.values)}" for f in facts)
     return Question(text, answer, kind, keys)
 

@@ -25,10 +25,17 @@ class Wordings:
     query_questions: tuple[str, ...]
     frames: tuple[str, ...]
     first_frames: tuple[str, ...]
+    loose: float = 0.0  # chance of a sentence or question of random words around its slots
 
     def needle(self, rng: random.Random, value_first: float) -> tuple[str, bool]:
         """A needle template, and whether it names the value before the key."""
         late = rng.random() < value_first
+        if rng.random() < self.loose:
+            slots = ["{noun}", "{key}", "{value}"] if rng.random() < 0.85 else ["{key}", "{value}"]
+            rng.shuffle(slots)
+            if (slots.index("{value}") < slots.index("{key}")) != late:  # swap the two
+                slots = [{"{key}": "{value}", "{value}": "{key}"}.get(slot, slot) for slot in slots]
+            return scatter(rng, slots, "."), late
         template = rng.choice(self.late_needles if late else self.needles)
         return template.replace("{prep}", rng.choice(self.prepositions)).replace(
             "{lead}", rng.choice(self.leads) if rng.random() < 0.5 else ""
@@ -42,9 +49,32 @@ class Wordings:
             return text
         return text[0].upper() + text[1:]
 
+    def question(self, rng: random.Random, templates: tuple[str, ...], noun: str) -> str:
+        """A question template; `noun` is the slot that a loose one has, "{noun}" or "{nouns}"."""
+        if rng.random() >= self.loose:
+            return rng.choice(templates)
+        slots = [noun, "{key}"]
+        rng.shuffle(slots)
+        return scatter(rng, slots, rng.choice("?.?"))
+
     def frame(self, rng: random.Random, question_first: bool) -> str:
         """The prompt around {document} and {question}."""
         return rng.choice(self.first_frames if question_first else self.frames)
+
+
+FILLERS = ["the", "a", "an", "of", "to", "in", "on", "at", "by", "for", "from", "with", "about", "as", "is", "was", "are", "were", "be", "been", "has", "have", "had", "do", "does", "did", "can", "could", "will", "would", "should", "may", "might", "must", "this", "that", "these", "those", "it", "its", "he", "she", "they", "we", "you", "I", "his", "her", "their", "our", "your", "my", "who", "which", "what", "when", "where", "why", "how", "and", "or", "but", "if", "so", "not", "no", "all", "any", "some", "each", "every", "one", "two", "first", "last", "next", "new", "old", "here", "there", "now", "then", "again", "still", "only", "just", "also", "very", "much", "more", "most", "other", "same", "such", "than", "too", "up", "down", "out", "over", "under", "near", "find", "tell", "say", "said", "give", "gave", "take", "took", "make", "made", "see", "saw", "know", "knew", "call", "called", "write", "wrote", "keep", "kept", "hold", "held", "show", "get", "got", "please", "known", "used", "using", "name", "list", "text", "person", "thing", "place", "time", "day", "word", "line", "man", "people"]
+
+
+def scatter(rng: random.Random, slots: list[str], end: str) -> str:
+    """A template of the slots in this order with nought to three random words around each."""
+    parts: list[str] = []
+    for slot in [*slots, ""]:
+        parts += rng.choices(FILLERS, k=rng.choice((0, 1, 1, 2, 3) if slot else (0, 0, 0, 1, 2)))
+        parts += [slot] if slot else []
+    text = " ".join(parts)
+    if rng.random() < 0.15:
+        text = text.replace(" {value}", rng.choice((": {value}", " = {value}", ", {value}", " ({value})")))
+    return text + end
 
 
 TRAIN = Wordings(
@@ -187,6 +217,8 @@ HELD_OUT = Wordings(
     "Passage: {document}\n\n{question}"),
     first_frames=("Task: {question}\n\nPassage: {document}", "{question} The passage follows.\n\n{document}"),
 )  # fmt: skip
+
+LOOSE = replace(TRAIN, loose=0.35)  # what training rows have
 
 EASY = replace(  # one plain wording, with which training begins
     TRAIN,
