@@ -24,8 +24,19 @@ from kvloom.errors import CacheError
 __all__ = ["announce", "attach", "detach", "registered"]
 
 NAME = "kvloom"
-_before: dict[int, tuple[weakref.ref[Any], str]] = {}
 _local = threading.local()
+
+
+class _Name(str):
+    """The name of kvloom's attention in a model's configuration. Remembers the former name, also in copies of the model."""
+
+    before: str
+
+    @classmethod
+    def over(cls, before: str) -> _Name:
+        name = cls(NAME)
+        name.before = before
+        return name
 
 
 def registered(config: Any) -> bool:
@@ -38,10 +49,7 @@ def attach(model: PreTrainedModel) -> None:
     config = text_config(model)
     if registered(config) or not getattr(model, "_supports_attention_backend", False):
         return
-    stock = config._attn_implementation
-    key = id(config)
-    _before[key] = (weakref.ref(config, lambda _: _before.pop(key, None)), stock)
-    config._attn_implementation = NAME
+    config._attn_implementation = _Name.over(config._attn_implementation)
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -49,12 +57,10 @@ def detach(model: PreTrainedModel) -> None:
     config = text_config(model)
     if registered(config):
         config._attn_implementation = _stock(config)
-        _before.pop(id(config), None)
 
 
 def _stock(config: Any) -> str:
-    held = _before.get(id(config))
-    return held[1] if held is not None and held[0]() is config else "sdpa"
+    return getattr(config._attn_implementation, "before", "sdpa")
 
 
 def announce(cache: Any, query_length: int, kv_length: int) -> None:

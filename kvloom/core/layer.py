@@ -21,9 +21,12 @@ from kvloom.kernels import reference
 __all__ = ["Layer"]
 
 
+DRAFT = 64  # newest tokens that may be taken back without losing older queries that a scorer looks at
+
+
 @dataclass
 class _Pending:
-    """Rows that are stored but not yet settled. q [H, g, m, D], lse [H, g, m], text index of the first row."""
+    """The last m rows: stored but not yet settled. q [H, g, m, D], lse [H, g, m], or as many of the newest as are needed."""
 
     q: Tensor
     lse: Tensor
@@ -31,6 +34,13 @@ class _Pending:
     phase: Phase
     logits: Logits
     seen: list[dict[str, Tensor]] | None
+    m: int
+
+    def cut(self, rows: int) -> None:
+        """Forgets the newest rows."""
+        self.m = max(0, self.m - rows)
+        self.q = self.q[:, :, : max(0, self.q.shape[2] - rows)]
+        self.lse = self.lse[:, :, : max(0, self.lse.shape[2] - rows)]
 
 
 class Layer:
@@ -61,7 +71,7 @@ class Layer:
         phase: Phase = "prompt" if first == 0 or (m > 1 and not self.defer) else "decode"
         policy = self.recipe.policy.get(phase)
         queries = 0 if policy is None or policy.score is None else policy.score.queries
-        emit = queries < 0 and m == 1 and first > 0 and not self.defer
+        emit = queries < 0 and m == 1 and first > 0 and visible is None and not self.defer
         out, lse, seen = self._attend(q, Rows(k, v, first), logits, visible, emit)
         if sinks is not None:
             total = torch.logaddexp(lse, sinks.float()[:, None])
@@ -69,15 +79,15 @@ class Layer:
         self.length += m
         self.prompt += m if phase == "prompt" else 0
         folded = q.unflatten(0, (k.shape[0], -1))
-        self._remember(folded)
         if emit:
             for group, logs in zip(self.groups, seen, strict=True):
                 for s in logs.values():
                     s.sub_(group.pick(lse.unflatten(0, (k.shape[0], -1)))).exp_()
-        if policy is not None or self.defer or self._codes:
-            rows = folded if (queries < 0 and not emit) or self._fits else folded[:, :, :0]
+        if policy is not None or self.defer or self._codes or self._window:
+            newest = min(m, self._window + (DRAFT if self.defer else 0)) if self._window else 0
+            rows = folded if (queries < 0 and not emit) or self._fits else folded[:, :, m - newest :]
             held = lse.unflatten(0, (k.shape[0], -1)) if queries < 0 else lse[:, :0].unflatten(0, (k.shape[0], -1))
-            self._pending = _Pending(rows, held, first, phase, logits, seen if emit else None)
+            self._pending = _Pending(rows, held, first, phase, logits, seen if emit else None, m)
             if not self.defer:
                 self.resolve()
         return out.to(q.dtype)
@@ -145,20 +155,20 @@ class Layer:
         for group in self.groups:
             group.segments["main"].append(rows if group.heads is None else rows.heads(group.heads))
 
-    def _remember(self, q: Tensor) -> None:
-        """Keeps the newest queries [H, g, w, D] that a scorer of any phase looks at."""
-        scores = [p.score for p in self.recipe.policy.values() if p.score is not None]
-        window = max((score.queries for score in scores), default=0)
-        if window > 0:
-            q = q if self.recent is None else torch.cat([self.recent, q[:, :, -window:]], 2)
-            self.recent = q[:, :, -window:].clone()
+    @property
+    def _window(self) -> int:
+        """How many of the newest queries a scorer of any phase looks at."""
+        return max([0, *(p.score.queries for p in self.recipe.policy.values() if p.score is not None)])
 
     def resolve(self) -> None:
         """Settles the rows of the last forward."""
         rows, self._pending = self._pending, None
         if rows is None:
             return
-        policy = self.recipe.policy.get(rows.phase)
+        policy, window = self.recipe.policy.get(rows.phase), self._window
+        if window:
+            newest = rows.q if self.recent is None else torch.cat([self.recent, rows.q[:, :, -window:]], 2)
+            self.recent = newest[:, :, -window:].clone()
         groups = []
         for i, group in enumerate(self.groups):
             step = Step(
@@ -187,16 +197,16 @@ class Layer:
                     f"cannot crop to {length} tokens: {self.recipe.name} has dropped tokens at length {self.dropped_at}. "
                     "Keep a copy.deepcopy of the cache from before, or crop less."
                 )
+            late = 0 if self._pending is None else self._pending.m  # tokens that `recent` does not know yet
             gone = self.length - length
             for group in self.groups:
                 for segment in group:
                     segment.truncate(length)
             if self.recent is not None:
-                self.recent = self.recent[:, :, : max(0, self.recent.shape[2] - gone)].clone()
+                self.recent = self.recent[:, :, : max(0, self.recent.shape[2] - max(0, gone - late))].clone()
             self.length, self.prompt = length, min(self.prompt, length)
             if self._pending is not None:
-                left = max(0, length - self._pending.first)
-                self._pending.q, self._pending.lse = self._pending.q[:, :, :left], self._pending.lse[:, :, :left]
+                self._pending.cut(gone)
         self.resolve()
 
     def fork(self) -> Layer:

@@ -13,6 +13,7 @@ from kvloom.core.group import Group, Table
 from kvloom.core.recipe import Phase
 from kvloom.core.segment import Segment
 from kvloom.core.site import Site
+from kvloom.kernels import reference
 
 __all__ = ["Step"]
 
@@ -76,7 +77,7 @@ class Step:
             for at in range(max(0, c - past), m, rows):
                 stop = min(at + rows, m)
                 s = torch.matmul(q[:, :, at:stop].flatten(1, 2), keys).unflatten(1, (g, -1))
-                s = self.logits.cap(s).sub_(self.lse[:, :, at:stop, None]).exp_()
+                s = reference.exp_(self.logits.cap(s).sub_(self.lse[:, :, at:stop, None]))
                 if d - past > at + 1:
                     place = torch.arange(c - past, d - past, device=s.device)
                     s.masked_fill_(place > torch.arange(at, stop, device=s.device)[:, None], 0.0)
@@ -97,4 +98,4 @@ class Step:
                 ahead = segment.index[:, None, None, :] > last[:, None]
                 pieces[name] = s.masked_fill_(ahead, -torch.inf)
         lse = torch.logsumexp(torch.stack([torch.logsumexp(s, -1) for s in pieces.values()]), 0)
-        return torch.cat([(pieces[name] - lse[..., None]).exp_().sum(2) for name, _ in table.parts], -1)
+        return torch.cat([reference.exp_(pieces[name] - lse[..., None]).sum(2) for name, _ in table.parts], -1)

@@ -65,7 +65,7 @@ class MinMax(Codec):
         return x.reshape(h, n, dim // group, group)
 
     def encode(self, x: Tensor, const: Const) -> Block:
-        small = torch.float16 if x.dtype == torch.float32 else x.dtype
+        small = x.dtype if x.dtype.itemsize == 2 else torch.float16
         grouped = self._grouped(x).float()
         low, high = grouped.aminmax(dim=-1)
         most = torch.finfo(small).max  # what 16 bits can't hold saturates
