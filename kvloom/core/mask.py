@@ -70,7 +70,9 @@ class LazyMask:
 
     def __init__(self, arguments: dict[str, Any], cache: object) -> None:
         # Counts may come as tensors that the cache goes on counting in before the mask is asked for.
-        counts = {name: int(x) for name, x in arguments.items() if name.endswith(("_length", "_offset")) and x is not None}
+        counts = {
+            name: int(x) for name, x in arguments.items() if name.endswith(("_length", "_offset")) and x is not None
+        }
         self.arguments, self.cache = arguments | counts, cache
         self.function: Callable[..., Any] = arguments.get("mask_function", causal_mask_function)
         self.q_length, self.q_offset = counts["q_length"], counts.get("q_offset", 0)

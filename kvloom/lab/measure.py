@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kvloom import KVCache
-from kvloom.errors import CacheError, ModelError
+from kvloom.errors import ModelError
 
 __all__ = ["NANO", "Answer", "Measured", "Question", "Task", "compare", "load_model", "run_recipe"]
 
@@ -158,24 +159,10 @@ def _answer(model: PreTrainedModel, tokenizer: Any, cache: Any, logits: Tensor, 
     return str(tokenizer.decode(got, skip_special_tokens=True)).strip()
 
 
-def _twin(model: PreTrainedModel, cache: Any) -> Any:
-    """An independent copy of a cache; row by row where `copy.deepcopy` is refused (managed layers only)."""
-    try:
-        return copy.deepcopy(cache)
-    except CacheError:
-        twin: Any = KVCache(model, "full")
-        twin.recipe = cache.recipe
-        for mine, other in zip(cache.layers, twin.layers):
-            if hasattr(mine, "rows"):
-                other.rows, other.seen = [row.fork() for row in mine.rows], mine.seen
-                other.site, other.is_initialized = mine.site, mine.is_initialized
-        return twin
-
-
 @torch.no_grad()
 def _forced(model: PreTrainedModel, cache: Any, ids: Tensor, times: list[float]) -> Tensor:
     """Log probabilities [m, V] after each of the ids [1, m], read one by one into a copy of the cache."""
-    twin, rows = _twin(model, cache), []
+    twin, rows = copy.deepcopy(cache), []
     for token in ids.to(model.device).split(1, dim=1):
         clock = _Clock()
         rows.append(model(token, past_key_values=twin).logits[0, -1])
@@ -183,12 +170,17 @@ def _forced(model: PreTrainedModel, cache: Any, ids: Tensor, times: list[float])
     return torch.stack(rows).float().log_softmax(-1).cpu()
 
 
+def _holds(text: str, answer: str) -> bool:
+    """Whether the answer stands in the text as words of its own."""
+    return re.search(rf"(?<!\w){re.escape(answer.strip(' .'))}(?!\w)", text) is not None
+
+
 def _graded(questions: Sequence[Question], got: str, turn: int) -> list[Answer]:
     parts = [part.strip() for part in got.split(",")] if len(questions) > 1 else [got]
     answers = []
     for i, question in enumerate(questions):
         part = parts[i] if i < len(parts) else ""
-        right = None if question.answer is None else part.strip(" .") == question.answer.strip(" .")
+        right = None if question.answer is None else _holds(part, question.answer)
         answers.append(Answer(question.text, question.answer, part, right, turn))
     return answers
 

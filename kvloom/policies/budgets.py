@@ -49,7 +49,9 @@ class Tokens:
         elif isinstance(size, int) and size < 1:
             raise RecipeError(f"budget={size!r} must be at least 1 token.")
         elif isinstance(size, int) and size < self.least:
-            raise RecipeError(f"budget={size} is smaller than sinks + window = {self.least}. Use budget >= {self.least}.")
+            raise RecipeError(
+                f"budget={size} is smaller than sinks + window = {self.least}. Use budget >= {self.least}."
+            )
 
     def bind(self, recipe: Recipe, sites: list[Site]) -> Tokens:
         if not isinstance(self.size, str) or not sites:

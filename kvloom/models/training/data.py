@@ -97,7 +97,7 @@ class Mixture:
     easy: float = 0.0
     facts: int = 8
     multi: float = 0.45
-    value_first: float = 0.12
+    value_first: float = 0.06
     question_first: float = 0.12
     words_as_values: float = 0.08
 

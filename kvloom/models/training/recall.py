@@ -156,7 +156,11 @@ def draw_facts(
 
 
 def ask(rng: random.Random, facts: Sequence[Fact], wording: str) -> Question:
-    """One question about all the values of one fact, or about several facts with one value each."""
+    """One question about all the values of one fact, or about several facts with one value each.
+
+    The answer names each key before its values, and the values of one key sorted as text: which one comes next then
+    depends on the values alone, not on where they stood.
+    """
     book = wordings(wording)
     fact = facts[0]
     keys = [f.key for f in facts]
@@ -170,7 +174,7 @@ def ask(rng: random.Random, facts: Sequence[Fact], wording: str) -> Question:
     number = {2: "two", 3: "three", 4: "four"}.get(max(len(keys), len(fact.values)), "")
     template = book.question(rng, templates, "{noun}" if kind == "single" else "{nouns}")
     text = book.fill(rng, template, key=joined, value="", noun=fact.noun, nouns=fact.plural, count=number)
-    answer = ", ".join(f"{f.key}: {', '.join(f.values)}" for f in facts)
+    answer = ", ".join(f"{f.key}: {', '.join(sorted(f.values))}" for f in facts)
     return Question(text, answer, kind, keys)
 
 

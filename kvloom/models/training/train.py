@@ -46,10 +46,10 @@ class Stage:
 PLAN = (
     Stage(0.08, (256, 512), (0.5, 0.5), mixture=Mixture(easy=0.25, facts=8)),
     Stage(0.35, (512,), mixture=Mixture(easy=0.08, facts=10)),
-    Stage(0.55, (512, 1024), (0.4, 0.6), tokens=8192, mixture=Mixture(easy=0.06, facts=16)),
-    Stage(0.75, (512, 1024, 2048), (0.3, 0.35, 0.35), tokens=8192, mixture=Mixture(easy=0.05, facts=20)),
+    Stage(0.68, (384, 512, 1024), (0.4, 0.4, 0.2), mixture=Mixture(recall=0.75, easy=0.06, facts=12)),
+    Stage(0.82, (512, 1024, 2048), (0.4, 0.3, 0.3), tokens=8192, mixture=Mixture(easy=0.05, facts=20)),
     Stage(
-        1.01, (512, 1024, 2048, 4096, 8192), (0.15, 0.2, 0.25, 0.25, 0.15), tokens=8192,
+        1.01, (512, 1024, 2048, 4096, 8192), (0.2, 0.2, 0.2, 0.25, 0.15), tokens=8192,
         mixture=Mixture(easy=0.05, facts=24),
     ),
 )  # fmt: skip
