@@ -1,14 +1,13 @@
 """Trains the bundled model on a CPU within a given time.
 
 ``KVLOOM_DATA=FOLDER python -m kvloom.models.training.train --tokenizer kvloom/models/nano --run RUN
---minutes 105``
+--init kvloom/models/nano --minutes 105``
 
 Progress (0 to 1) is elapsed time over ``--minutes``, or tokens over ``--tokens``: the learning rate, the
 mixture and the lengths follow it, so the schedule always ends where it should. ``RUN`` gets
 ``checkpoint.pt``, ``log.jsonl`` and ``export/`` (a folder for ``from_pretrained``). The same command goes
-on from the checkpoint; ``--init FOLDER`` starts from exported weights instead. ``RUN/override.json`` is
-read while training: keys of ``Stage`` and ``Mixture``, or "rate" (a factor on the learning rate), replace
-those of the plan.
+on from the checkpoint. ``--init FOLDER`` starts from exported weights; a model with fewer layers is grown.
+``--plan base`` is for random weights: copying and one plain wording come first.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import os
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,15 @@ class Stage:
     mixture: Mixture = field(default_factory=Mixture)
 
 
-PLAN = (
+BASE = (  # from random weights: copying first, without which recall stays at zero, and one plain wording
+    Stage(0.25, (192,), mixture=Mixture(copying=0.35, recall=0.4, chat=0.02, easy=1.0, facts=3, multi=0.0)),
+    Stage(0.40, (256,), mixture=Mixture(copying=0.15, recall=0.55, chat=0.02, easy=1.0, facts=6, multi=0.0)),
+    Stage(0.62, (512,), mixture=Mixture(recall=0.7, easy=1.0, facts=12, multi=0.0)),
+    Stage(0.80, (1024,), tokens=8192, mixture=Mixture(recall=0.7, easy=1.0, facts=20, multi=0.0)),
+    Stage(0.92, (2048,), tokens=8192, mixture=Mixture(recall=0.7, easy=1.0, facts=24, multi=0.0)),
+    Stage(1.01, (4096,), tokens=8192, mixture=Mixture(recall=0.7, easy=1.0, facts=24, multi=0.0)),
+)
+PLAN = (  # from a model that recalls in one wording: many wordings and several values, then length
     Stage(0.08, (256, 512), (0.5, 0.5), mixture=Mixture(easy=0.25, facts=8)),
     Stage(0.35, (512,), mixture=Mixture(easy=0.08, facts=10)),
     Stage(0.68, (384, 512, 1024), (0.4, 0.4, 0.2), mixture=Mixture(recall=0.75, easy=0.06, facts=12)),
@@ -105,7 +112,8 @@ class Trainer:
         tokenizer = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json"))
         kinds = build_cache(tokenizer, args.cache or self.run / "cache")
         self.source = Source(tokenizer, kinds, args.seed)
-        self.model = TrainLlama(Shape(vocab=tokenizer.get_vocab_size()))
+        self.plan = BASE if args.plan == "base" else PLAN
+        self.model = TrainLlama(Shape(vocab=tokenizer.get_vocab_size(), layers=args.layers))
         self.parameters = list(self.model.parameters())
         named = list(self.model.named_parameters())
         matrices = [p for name, p in named if p.ndim == 2 and name != "embed"]
@@ -115,7 +123,7 @@ class Trainer:
             [{"params": [self.model.embed], "peak": args.rate_embed}, {"params": others, "peak":
             args.rate_embed}], lr=args.rate_embed, betas=(0.9, 0.98), weight_decay=0.0, fused=True,
         )  # fmt: skip
-        self.step = self.tokens = self.level = 0
+        self.step = self.tokens = 0
         self.seconds = self.base = 0.0
         checkpoint = self.run / "checkpoint.pt"
         if checkpoint.exists():
@@ -125,11 +133,9 @@ class Trainer:
             self.adam.load_state_dict(state["adam"])
             self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
             self.base = state["progress"]
-            self.level = state.get("level", 0)
             self.source.rng = random.Random(f"{args.seed}/{self.step}")
         elif args.init:
             load_weights(self.model, args.init)
-            self.base = args.init_progress
         self.start = time.time()
         self.before = self.seconds
         self.tokens_before = self.tokens
@@ -141,22 +147,6 @@ class Trainer:
         else:
             part = (time.time() - self.start) / (60 * self.args.minutes)
         return min(1.0, self.base + (1 - self.base) * part)
-
-    def override(self, stage: Stage) -> tuple[Stage, float]:
-        """The stage and rate factor after ``override.json``."""
-        path = self.run / "override.json"
-        if not path.exists():
-            return stage, 1.0
-        try:
-            given: dict[str, Any] = json.loads(path.read_text())
-        except json.JSONDecodeError:
-            return stage, 1.0
-        factor = float(given.pop("rate", 1.0))
-        stage_keys = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in ("lengths", "shares", "tokens")
-        }
-        mixture = replace(stage.mixture, **{k: v for k, v in given.items() if k in asdict(stage.mixture)})
-        return replace(stage, mixture=mixture, **stage_keys), factor
 
     def save(self) -> None:
         """Write the checkpoint and the export."""
@@ -170,7 +160,6 @@ class Trainer:
                 "tokens": self.tokens,
                 "seconds": self.seconds,
                 "progress": self.progress(),
-                "level": self.level,
             },
             scratch,
         )
@@ -231,15 +220,14 @@ class Trainer:
             file.write(line + "\n")
         print(line, flush=True)
 
-    def draw(self) -> tuple[Batch, int, float]:
-        """The next batch of the plan, its row length in tokens, and the factor on the learning rate."""
+    def draw(self) -> tuple[Batch, int]:
+        """The next batch of the plan and its row length in tokens."""
         progress = self.progress()
-        planned = next(index for index, stage in enumerate(PLAN) if progress < stage.until)
-        stage, factor = self.override(PLAN[planned if self.args.no_gate else min(planned, self.level)])
+        stage = next(stage for stage in self.plan if progress < stage.until)
         length = self.source.rng.choices(stage.lengths, stage.shares[: len(stage.lengths)])[0]
         facts = min(stage.mixture.facts, max(3, length // 48))
         rows = max(1, stage.tokens // length)
-        return self.source.batch(rows, length, replace(stage.mixture, facts=facts)), length, factor
+        return self.source.batch(rows, length, replace(stage.mixture, facts=facts)), length
 
     def loop(self) -> None:
         """Train to the end of the plan."""
@@ -249,9 +237,9 @@ class Trainer:
         sums = np.zeros(5)
         upcoming = self.drawer.submit(self.draw)
         while (progress := self.progress()) < 1.0:
-            batch, length, factor = upcoming.result()
+            batch, length = upcoming.result()
             upcoming = self.drawer.submit(self.draw)
-            sums += self.train_step(batch, factor * rate(progress, self.args.warmup, 0.06))
+            sums += self.train_step(batch, rate(progress, self.args.warmup, 0.06))
             self.step += 1
             self.tokens += batch.ids.size
             now = time.time()
@@ -264,15 +252,12 @@ class Trainer:
                         "tokens": self.tokens,
                         "seconds": int(self.seconds),
                         "progress": progress,
-                        "level": self.level,
                         "length": length,
                         "text": sums[0] / max(1, sums[1]),
                         "answer": sums[2] / max(1, sums[4]),
                         "right": sums[3] / max(1, sums[4]),
                     }
                 )
-                if sums[4] > 500 and sums[3] / sums[4] > self.args.gate:
-                    self.level += 1  # longer rows before recall works undo what was learned
                 logged, sums = now, np.zeros(5)
             if now - checked > self.args.check_seconds:
                 result = quick_recall(self.model, self.source, min(length, 1024), self.args.check_prompts)
@@ -294,19 +279,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=105, help="time for what is left of the plan")
     parser.add_argument("--tokens", type=int, help="end at this many tokens instead of by time")
     parser.add_argument("--init", type=Path, help="start from the weights of this exported folder")
-    parser.add_argument("--init-progress", type=float, default=0.6, help="where in the plan --init starts")
-    parser.add_argument("--rate", type=float, default=6e-3, help="peak rate of Muon")
-    parser.add_argument("--rate-embed", type=float, default=4e-3, help="peak rate of AdamW (embedding, norms)")
-    parser.add_argument("--warmup", type=float, default=0.01)
+    parser.add_argument("--plan", choices=["base", "full"], default="full", help="base: from random weights")
+    parser.add_argument("--layers", type=int, default=Shape.layers)
+    parser.add_argument("--rate", type=float, default=3e-3, help="peak rate of Muon")
+    parser.add_argument("--rate-embed", type=float, default=1e-3, help="peak rate of AdamW (embedding, norms)")
+    parser.add_argument("--warmup", type=float, default=0.02)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--save-seconds", type=float, default=300)
     parser.add_argument("--check-seconds", type=float, default=420)
     parser.add_argument("--check-prompts", type=int, default=16, help="prompts per task of the checks while training")
-    parser.add_argument(
-        "--gate", type=float, default=0.93, help="share of sure answer tokens that opens the next stage"
-    )
-    parser.add_argument("--no-gate", action="store_true", help="follow the plan by progress alone")
     parser.add_argument("--log-seconds", type=float, default=30)
     Trainer(parser.parse_args()).loop()
 
