@@ -122,9 +122,11 @@ def draw_facts(
     """
     book = wordings(wording)
     noun, plural = rng.choice(book.nouns)
-    if wording == "loose" and rng.random() < 0.25:  # "the copper code": any word may say which number it is
+    if wording == "loose" and rng.random() < 0.5:  # "the copper code", "the copper": any word may be the kind of value
         word = rng.choice(words("keys", "train"))
-        noun, plural = f"{word} {noun.split()[-1]}", f"{word} {plural.split()[-1]}"
+        noun, plural = rng.choice(
+            [(f"{word} {noun.split()[-1]}", f"{word} {plural.split()[-1]}")] * 2 + [(word, f"{word}s")]
+        )
     style = rng.choice(styles)
     size = rng.choice(digits)
     mixed_style, mixed_size = rng.random() < 0.25, rng.random() < 0.4

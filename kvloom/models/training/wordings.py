@@ -227,7 +227,7 @@ HELD_OUT = Wordings(
     first_frames=("Task: {question}\n\nPassage: {document}", "{question} The passage follows.\n\n{document}"),
 )  # fmt: skip
 
-LOOSE = replace(TRAIN, loose=0.35)  # what training rows have
+LOOSE = replace(TRAIN, loose=0.4)  # what training rows have
 
 EASY = replace(  # one plain wording, with which training begins
     TRAIN,
