@@ -97,7 +97,6 @@ class Mixture:
     easy: float = 0.0
     facts: int = 8
     multi: float = 0.45
-    value_first: float = 0.06
     question_first: float = 0.12
     words_as_values: float = 0.08
 
@@ -171,7 +170,6 @@ class Source:
             counts.pop()
         facts = draw_facts(
             rng, counts, "train", wording, same_wording=rng.random() < 0.6,
-            value_first=mix.value_first if wording == "loose" else 0,
             **({"digits": (0,)} if rng.random() < mix.words_as_values else {}),
             **({"styles": ("word",)} if wording == "easy" else {}),
         )  # fmt: skip

@@ -42,7 +42,12 @@ class Fact:
     plural: str
     values: list[str]
     needles: list[str] = field(default_factory=list)
-    value_first: bool = False
+
+    @property
+    def quotes(self) -> list[str]:
+        """What each needle says from its key to its value, sorted by value: "cedar is 48213"."""
+        found = [(v, n[n.index(self.key) : n.rindex(v) + len(v)]) for n, v in zip(self.needles, self.values)]
+        return [quote for _, quote in sorted(found)]
 
 
 @dataclass
@@ -110,15 +115,13 @@ def draw_facts(
     same_wording: bool = True,
     styles: Sequence[str] = ("word", "word", "name", "two", "id"),
     digits: Sequence[int] = (3, 4, 5, 5, 6, 7, 8),
-    value_first: float = 0.12,
 ) -> list[Fact]:
     """Facts with ``counts[i]`` values each.
 
     Args:
         split: where key words come from.
         wording: where nouns and sentences come from.
-        same_wording: one noun and one sentence for all facts, else a sentence drawn for each needle.
-        value_first: chance of sentences that name the value before the key.
+        same_wording: one noun and one sentence for all facts, else a sentence drawn for each fact.
     """
     book = wordings(wording)
     noun, plural = rng.choice(book.nouns)
@@ -130,7 +133,7 @@ def draw_facts(
     style = rng.choice(styles)
     size = rng.choice(digits)
     mixed_style, mixed_size = rng.random() < 0.25, rng.random() < 0.4
-    template, late = book.needle(rng, value_first)
+    template = book.needle(rng)
     used: set[str] = set()
     facts = []
 
@@ -145,14 +148,12 @@ def draw_facts(
         key_style = rng.choice(styles) if mixed_style else style
         key = fresh(lambda kind=key_style: draw_key(rng, split, kind))
         fact = Fact(key, noun, plural, [])
+        template = template if same_wording else book.needle(rng)
         for _ in range(count):
             length = rng.choice(digits) if mixed_size and size else size
             value = fresh(lambda n=length: draw_value(rng, n, split))
-            if not same_wording:
-                template, late = book.needle(rng, value_first)
             fact.values.append(value)
             fact.needles.append(book.fill(rng, template, key=key, value=value, noun=noun, nouns=plural))
-            fact.value_first |= late
         facts.append(fact)
     return facts
 
@@ -160,8 +161,8 @@ def draw_facts(
 def ask(rng: random.Random, facts: Sequence[Fact], wording: str) -> Question:
     """One question about all the values of one fact, or about several facts with one value each.
 
-    The answer names each key before its values, and the values of one key sorted as text: which one comes next then
-    depends on the values alone, not on where they stood.
+    The answer quotes each needle from its key to its value, which a model can do in any wording. Values of one key are
+    sorted as text: which one comes next then depends on the values alone, not on where they stood.
     """
     book = wordings(wording)
     fact = facts[0]
@@ -176,7 +177,7 @@ def ask(rng: random.Random, facts: Sequence[Fact], wording: str) -> Question:
     number = {2: "two", 3: "three", 4: "four"}.get(max(len(keys), len(fact.values)), "")
     template = book.question(rng, templates, "{noun}" if kind == "single" else "{nouns}")
     text = book.fill(rng, template, key=joined, value="", noun=fact.noun, nouns=fact.plural, count=number)
-    answer = ", ".join(f"{f.key}: {', '.join(sorted(f.values))}" for f in facts)
+    answer = ", ".join(quote for f in facts for quote in f.quotes)
     return Question(text, answer, kind, keys)
 
 

@@ -19,7 +19,6 @@ class Wordings:
     leads: tuple[str, ...]
     asks: tuple[str, ...]
     needles: tuple[str, ...]
-    late_needles: tuple[str, ...]
     questions: tuple[str, ...]
     value_questions: tuple[str, ...]
     query_questions: tuple[str, ...]
@@ -27,19 +26,15 @@ class Wordings:
     first_frames: tuple[str, ...]
     loose: float = 0.0  # chance of a sentence or question of random words around its slots
 
-    def needle(self, rng: random.Random, value_first: float) -> tuple[str, bool]:
-        """A needle template, and whether it names the value before the key."""
-        late = rng.random() < value_first
+    def needle(self, rng: random.Random) -> str:
+        """A needle template; the key stands before the value."""
         if rng.random() < self.loose:
-            slots = ["{noun}", "{key}", "{value}"] if rng.random() < 0.85 else ["{key}", "{value}"]
-            rng.shuffle(slots)
-            if (slots.index("{value}") < slots.index("{key}")) != late:  # swap the two
-                slots = [{"{key}": "{value}", "{value}": "{key}"}.get(slot, slot) for slot in slots]
-            return scatter(rng, slots, "."), late
-        template = rng.choice(self.late_needles if late else self.needles)
-        return template.replace("{prep}", rng.choice(self.prepositions)).replace(
-            "{lead}", rng.choice(self.leads) if rng.random() < 0.5 else ""
-        ), late
+            slots = ["{key}", "{value}"]
+            if rng.random() < 0.85:
+                slots.insert(rng.randrange(3), "{noun}")
+            return scatter(rng, slots, ".")
+        template = rng.choice(self.needles).replace("{prep}", rng.choice(self.prepositions))
+        return template.replace("{lead}", rng.choice(self.leads) if rng.random() < 0.5 else "")
 
     def fill(self, rng: random.Random, template: str, **slots: str) -> str:
         """A sentence from a template; starts with a capital unless a key stands first."""
@@ -129,11 +124,6 @@ TRAIN = Wordings(
         "{lead}whoever asks about {key} gets the {noun} {value}.",
         "{lead}the word {key} stands for the {noun} {value}.", "{lead}{key} received {value} as a {noun}.",
     ),
-    late_needles=(
-        "{lead}{value} is the {noun} {prep} {key}.", "{lead}{value} is a {noun} {prep} {key}.",
-        "{lead}the {noun} {value} belongs to {key}.", "{lead}the {noun} {value} was given to {key}.",
-        "{lead}use {value} as the {noun} for {key}.", "{value}: {noun} {prep} {key}.",
-    ),
     questions=(
         "{ask}what is the {noun} {prep} {key}?", "{ask}what is the {noun} {prep} {key}?",
         "{ask}what is {key}'s {noun}?",
@@ -205,8 +195,7 @@ HELD_OUT = Wordings(
         "{lead}{key} can be reached with the {noun} {value}.",
         "{lead}we registered {key} under the {noun} {value}.",
     ),
-    late_needles=("{lead}the {noun} {value} is held by {key}.",
-        "{lead}they set {value} as the {noun} {prep} {key}."), questions=(
+    questions=(
         "{ask}can you find the {noun} {prep} {key}?",
         "{ask}what does the text give as the {noun} {prep} {key}?",
         "{ask}under which {noun} is {key} known?", "{ask}say the {noun} {prep} {key}.",
