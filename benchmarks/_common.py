@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -55,7 +55,7 @@ def prompt(model: PreTrainedModel, tokens: int = TOKENS) -> Tensor:
     return torch.randint(3, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(1))
 
 
-def alternate(jobs: dict[str, Callable[[], object]], rounds: int, warm: int = 1) -> dict[str, list[float]]:
+def alternate(jobs: Mapping[str, Callable[[], object]], rounds: int, warm: int = 1) -> dict[str, list[float]]:
     """Seconds of every job in every round; the jobs take turns, so that a busy machine is equally busy for all."""
     taken: dict[str, list[float]] = {name: [] for name in jobs}
     for at in range(-warm, rounds):

@@ -187,7 +187,7 @@ def _graded(questions: Sequence[Question], got: str, turn: int) -> list[Answer]:
 
 @torch.no_grad()
 def run_recipe(
-    model: PreTrainedModel, tokenizer: Any, recipe: str, task: Task, reference: Tensor | None, limit: int = 24
+    model: PreTrainedModel, tokenizer: Any, recipe: str, task: Task, reference: Tensor | None, limit: int = 40
 ) -> tuple[Measured, Tensor]:
     """One prefill with this recipe, then forced reading, answers and later turns on its cache.
 
@@ -236,7 +236,7 @@ def compare(
     tokenizer: Any,
     recipes: Sequence[str],
     task: Task,
-    limit: int = 24,
+    limit: int = 40,
     tell: Callable[[str], None] = lambda recipe: None,
 ) -> list[Measured]:
     """All recipes on one task; the full cache comes first, asked for or not. `tell` is called before each."""
