@@ -147,7 +147,6 @@ def test_bundled_tokenizer(tokenizer: Any) -> None:
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
-@pytest.mark.xfail(reason="the bundled weights are an early checkpoint that does not recall yet; see its model card")
 def test_bundled_model_recalls(model: Any, tokenizer: Any, haystack: recall.Haystack, count: Any) -> None:
     right = []
     for seed in range(4):
