@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from kvloom import KVCache
 from tests.families import build, prompt, subject
 from tests.modes import LENGTHS, MODES, NEW_TOKENS, Result, batch, difference, generate
+from tests.reference import layers_of
 from tests.test_exactness import SOME, TOLERANCE, run, stock
 
 pytestmark = pytest.mark.exactness
@@ -163,3 +165,24 @@ def test_rejected_drafts(family: str, recipe: str) -> None:
         plain.crop(0)
         assert drafted.get_seq_length() == plain.get_seq_length() == prefix.shape[1] + i + 1
         assert close(got, want), f"token {i}"
+
+
+@pytest.mark.parametrize("recipe", LOSSY)
+def test_gradient_modes_mix(recipe: str) -> None:
+    """A cache begun in one of torch's modes goes on in another, and never holds on to a graph."""
+    model, ids = subject("llama"), prompt(60)
+    borders = list(itertools.pairwise((0, 40, 41, 42, 50, 60)))
+
+    def steps(*modes: Any) -> tuple[torch.Tensor, KVCache]:
+        cache, logits = KVCache(model, LOSSY[recipe]), []
+        for mode, (start, stop) in zip(modes, borders, strict=True):
+            with mode():
+                logits.append(model(ids[:, start:stop], past_key_values=cache).logits.detach())
+        return torch.cat(logits, 1), cache
+
+    want, _ = steps(*[torch.no_grad] * 5)
+    mixed, _ = steps(torch.inference_mode, torch.no_grad, torch.inference_mode, torch.no_grad, torch.no_grad)
+    graph, cache = steps(*[torch.enable_grad] * 5)
+    assert torch.equal(mixed, want) and torch.equal(graph, want)
+    held = [x for layer in layers_of(cache) for *_, x, _ in layer.tensors()]
+    assert held and not any(x.requires_grad for x in held)

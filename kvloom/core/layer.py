@@ -78,11 +78,11 @@ class Layer:
             out, lse = out.float() * (lse - total).exp_()[..., None], total
         self.length += m
         self.prompt += m if phase == "prompt" else 0
-        folded = q.unflatten(0, (k.shape[0], -1))
+        folded, lse = q.detach().unflatten(0, (k.shape[0], -1)), lse.detach()  # what is kept holds no graph
         if emit:
             for group, logs in zip(self.groups, seen, strict=True):
                 for s in logs.values():
-                    s.sub_(group.pick(lse.unflatten(0, (k.shape[0], -1)))).exp_()
+                    reference.exp_(s.sub_(group.pick(lse.unflatten(0, (k.shape[0], -1)))))
         if policy is not None or self.defer or self._codes or self._window:
             newest = min(m, self._window + (DRAFT if self.defer else 0)) if self._window else 0
             rows = folded if (queries < 0 and not emit) or self._fits else folded[:, :, m - newest :]
@@ -152,6 +152,7 @@ class Layer:
         return torch.cat(parts)[order.argsort()]
 
     def _append(self, rows: Rows) -> None:
+        rows = Rows(rows.k.detach(), rows.v.detach(), rows.index)
         for group in self.groups:
             group.segments["main"].append(rows if group.heads is None else rows.heads(group.heads))
 
@@ -160,6 +161,7 @@ class Layer:
         """How many of the newest queries a scorer of any phase looks at."""
         return max([0, *(p.score.queries for p in self.recipe.policy.values() if p.score is not None)])
 
+    @torch.no_grad()
     def resolve(self) -> None:
         """Settles the rows of the last forward."""
         rows, self._pending = self._pending, None

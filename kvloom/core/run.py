@@ -25,7 +25,8 @@ class Buffer:
 
     def append(self, x: Tensor) -> None:
         """Adds x [h, m, ...] behind the last row."""
-        if self.start + self.n + x.shape[1] > self.data.shape[1]:
+        locked = self.data.is_inference() and not torch.is_inference_mode_enabled()  # torch forbids writing to it
+        if locked or self.start + self.n + x.shape[1] > self.data.shape[1]:
             self._move(self.n + x.shape[1], x)
         end = self.start + self.n + x.shape[1]
         self.data[:, end - x.shape[1] : end] = x
