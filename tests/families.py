@@ -204,13 +204,13 @@ def build(family: str, *, assistant: bool = False, seed: int = 0, **overrides: A
 
 @functools.cache
 def pristine(family: str, assistant: bool = False) -> PreTrainedModel:
-    """The session's model that no kvloom cache ever touches: what stock results are computed with."""
+    """The test run's model that no kvloom cache ever touches: what stock results are computed with."""
     return build(family, assistant=assistant)
 
 
 @functools.cache
 def subject(family: str, **overrides: Any) -> PreTrainedModel:
-    """The session's model with the same weights that kvloom caches are attached to; a recipe measures it once."""
+    """The test run's model with the same weights that kvloom caches are attached to; a recipe measures it once."""
     return build(family, **overrides)
 
 
