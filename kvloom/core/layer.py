@@ -83,8 +83,8 @@ class Layer:
             for group, logs in zip(self.groups, seen, strict=True):
                 for s in logs.values():
                     reference.exp_(s.sub_(group.pick(lse.unflatten(0, (k.shape[0], -1)))))
-        if policy is not None or self.defer or self._codes or self._window:
-            newest = min(m, self._window + (DRAFT if self.defer else 0)) if self._window else 0
+        if policy is not None or self.defer or self._codes or self.recipe.window:
+            newest = min(m, self.recipe.window + (DRAFT if self.defer else 0)) if self.recipe.window else 0
             rows = folded if (queries < 0 and not emit) or self._fits else folded[:, :, m - newest :]
             held = lse.unflatten(0, (k.shape[0], -1)) if queries < 0 else lse[:, :0].unflatten(0, (k.shape[0], -1))
             self._pending = _Pending(rows, held, first, phase, logits, seen if emit else None, m)
@@ -156,18 +156,13 @@ class Layer:
         for group in self.groups:
             group.segments["main"].append(rows if group.heads is None else rows.heads(group.heads))
 
-    @property
-    def _window(self) -> int:
-        """How many of the newest queries a scorer of any phase looks at."""
-        return max([0, *(p.score.queries for p in self.recipe.policy.values() if p.score is not None)])
-
     @torch.no_grad()
     def resolve(self) -> None:
         """Settles the rows of the last forward."""
         rows, self._pending = self._pending, None
         if rows is None:
             return
-        policy, window = self.recipe.policy.get(rows.phase), self._window
+        policy, window = self.recipe.policy.get(rows.phase), self.recipe.window
         if window:
             newest = rows.q if self.recent is None else torch.cat([self.recent, rows.q[:, :, -window:]], 2)
             self.recent = newest[:, :, -window:].clone()

@@ -45,7 +45,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, x in sorted(tensors.items()):
         found.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        found.update(x.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        found.update(x.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
     return found.hexdigest()
 
 

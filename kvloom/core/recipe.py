@@ -148,10 +148,14 @@ class Recipe:
             total += 4 * n * self.columns(name)
         return total * site.kv_heads
 
+    @property
+    def window(self) -> int:
+        """How many of the newest queries a scorer of any phase looks at."""
+        return max([0, *(p.score.queries for p in self.policy.values() if p.score is not None)])
+
     def state(self, site: Site) -> int:
         """Bytes of the newest queries that scorers ask for, in one layer."""
-        window = max((p.score.queries for p in self.policy.values() if p.score is not None), default=0)
-        return max(0, window) * site.q_heads * site.key_dim * site.itemsize
+        return self.window * site.q_heads * site.key_dim * site.itemsize
 
     def columns(self, name: str) -> int:
         """How many 4-byte columns each slot of the class carries once slots have left."""

@@ -1,6 +1,6 @@
 """A lean Llama for training on a CPU, and its exchange with Hugging Face weights.
 
-Same function as ``LlamaForCausalLM`` (checked by ``check_export``), with fused projections and a loss that
+Same function as ``LlamaForCausalLM``, with fused projections and a loss that
 runs the output head only where a weight asks for it.
 """
 
