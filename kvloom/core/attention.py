@@ -39,10 +39,9 @@ class Logits:
 
 def turned(q: Tensor, group: Group, segment: Segment, logits: Logits, length: int) -> Tensor:
     """Queries as this segment sees them: q [h, g, m, D], rotated back by what was dropped if the class asks for it."""
-    gone = length - group.n
-    if not segment.kind.turn or gone == 0 or logits.rope is None:
+    if not segment.kind.turn or logits.rope is None or length == group.n:
         return q
-    return logits.rope.shift(q, -gone)
+    return logits.rope.shift(q, group.n - length)
 
 
 def segment_logits(q: Tensor, group: Group, segment: Segment, logits: Logits, width: int) -> Tensor:
@@ -128,6 +127,8 @@ def _attend_segment(
 
 def _stretches(segment: Segment, start: int) -> list[tuple[int, int]]:
     """The exact slots from `start` on, cut where a run of either plane ends, so that each is one view."""
+    if len(segment.key.runs) == len(segment.value.runs) == 1:
+        return [(start, segment.n)] if start < segment.n else []
     ends = {segment.n}
     for runs in (segment.key.runs, segment.value.runs):
         at = 0

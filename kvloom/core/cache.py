@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from kvloom.core.ledger import Report
 from kvloom.core.mask import Gaps
 from kvloom.core.recipe import Recipe
 from kvloom.core.registry import parse
+from kvloom.core.rope import Rope
 from kvloom.core.site import Site
 from kvloom.core.update import Update
 from kvloom.core.view import sites_of, text_config
@@ -57,9 +59,10 @@ class KVLayer(CacheLayerMixin):
     def __repr__(self) -> str:
         return f"KVLayer({self.cache.recipe.name!r}, tokens={self.seen})"
 
-    @property
-    def turns(self) -> bool:
-        return any(kind.turn for kind in self.cache.recipe.kinds.values())
+    @cached_property
+    def rope(self) -> Rope | None:
+        """What turns queries to slots that keep their distance, if the recipe has such (its rotation never varies)."""
+        return self.site.rope if any(kind.turn for kind in self.cache.recipe.kinds.values()) else None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Takes the layer's true shape and the batch size from the first keys and values."""

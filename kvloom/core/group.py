@@ -64,6 +64,12 @@ class Table:
         self.n = sum(segment.n for _, segment in self.parts)
 
     @property
+    def front(self) -> int | None:
+        """Text index of the first slot, where slots are consecutive and can be dropped from the front at no cost."""
+        segment = self.parts[0][1]
+        return segment.start if len(self.parts) == 1 and segment.consecutive else None
+
+    @property
     def index(self) -> Tensor:
         """Place in the text of every slot, [h, n] or [1, n] int32."""
         parts = [segment.index for _, segment in self.parts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from kvloom.core.attention import Logits, Visible, as_bias, attend
 from kvloom.core.group import Group
 from kvloom.core.recipe import Phase, Recipe
 from kvloom.core.rows import Rows
+from kvloom.core.run import Buffer
 from kvloom.core.site import Site
 from kvloom.core.step import Step
 from kvloom.errors import CacheError
@@ -22,6 +24,12 @@ __all__ = ["Layer"]
 
 
 DRAFT = 64  # newest tokens that may be taken back without losing older queries that a scorer looks at
+
+
+def _folded(x: Tensor, like: Tensor) -> Tensor:
+    """[Hq, ...] -> [H, g, ...] for as many KV heads as `like` has."""
+    h = like.shape[0]
+    return x.view(h, x.shape[0] // h, *x.shape[1:])
 
 
 @dataclass
@@ -54,9 +62,13 @@ class Layer:
         self.site, self.recipe = site, recipe
         self.groups = [Group(dict(recipe.kinds))]
         self.length = self.prompt = self.dropped_at = 0
-        self.recent: Tensor | None = None
+        self.recent: Buffer | None = None  # the newest queries [Hq, w, D]
         self.defer = False
         self._pending: _Pending | None = None
+        self._calm: float = 0  # up to this length, a decoded token needs no placement
+        kinds = recipe.kinds.values()
+        self._window, self._lossy = recipe.window, not all(kind.exact for kind in kinds)
+        self._fitting = any(kind.key.fits or kind.value.fits for kind in kinds)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, logits: Logits, visible: Visible | None, sinks: Tensor | None
@@ -78,32 +90,36 @@ class Layer:
             out, lse = out.float() * (lse - total).exp_()[..., None], total
         self.length += m
         self.prompt += m if phase == "prompt" else 0
-        folded, lse = q.detach().unflatten(0, (k.shape[0], -1)), lse.detach()  # what is kept holds no graph
         if emit:
             for group, logs in zip(self.groups, seen, strict=True):
                 for s in logs.values():
-                    reference.exp_(s.sub_(group.pick(lse.unflatten(0, (k.shape[0], -1)))))
-        if policy is not None or self.defer or self._codes or self.recipe.window:
-            newest = min(m, self.recipe.window + (DRAFT if self.defer else 0)) if self.recipe.window else 0
-            rows = folded if (queries < 0 and not emit) or self._fits else folded[:, :, m - newest :]
-            held = lse.unflatten(0, (k.shape[0], -1)) if queries < 0 else lse[:, :0].unflatten(0, (k.shape[0], -1))
+                    reference.exp_(s.sub_(group.pick(_folded(lse, k))))
+        if m == 1 and self.length <= self._calm and not self.defer:
+            with torch.no_grad():
+                self._remember(q.detach())
+                self._freeze()
+        elif policy is not None or self.defer or self._lossy:
+            newest = min(m, self._window + (DRAFT if self.defer else 0)) if self._window else 0
+            rows, held = _folded(q.detach(), k), _folded(lse.detach(), k)  # what is kept holds no graph
+            rows = rows if (queries < 0 and not emit) or self._fits else rows[:, :, m - newest :]
+            held = held if queries < 0 else held[:, :, :0]
             self._pending = _Pending(rows, held, first, phase, logits, seen if emit else None, m)
             if not self.defer:
                 self.resolve()
         return out.to(q.dtype)
 
     @property
-    def _codes(self) -> bool:
-        return any(not kind.exact for kind in self.recipe.kinds.values())
-
-    @property
     def _fits(self) -> bool:
         """Whether a codec still has to take its constants from the rows at hand."""
-        return self.length == self.prompt and any(
-            plane.codec.fits and not plane.const
-            for group in self.groups
-            for segment in group.segments.values()
-            for plane in (segment.key, segment.value)
+        return (
+            self._fitting
+            and self.length == self.prompt
+            and any(
+                plane.codec.fits and not plane.const
+                for group in self.groups
+                for segment in group.segments.values()
+                for plane in (segment.key, segment.value)
+            )
         )
 
     def _attend(
@@ -120,11 +136,11 @@ class Layer:
             if fresh is not None:
                 return (*fresh, [])
         found, seen = [], []
-        folded = q.unflatten(0, (rows.k.shape[0], -1))
+        folded = _folded(q, rows.k)
         for group in self.groups:
             parts, logs = attend(group.pick(folded), group, logits, self.length + alone, visible, emit)
             if fresh is not None:
-                own, own_lse = (group.pick(x.unflatten(0, (rows.k.shape[0], -1))).flatten(1, 2) for x in fresh)
+                own, own_lse = (group.pick(_folded(x, rows.k)).flatten(1, 2) for x in fresh)
                 parts.append((own, own_lse))
             found.append(reference.merge(parts))
             seen.append(logs)
@@ -156,32 +172,51 @@ class Layer:
         for group in self.groups:
             group.segments["main"].append(rows if group.heads is None else rows.heads(group.heads))
 
-    @torch.no_grad()
     def resolve(self) -> None:
         """Settles the rows of the last forward."""
         rows, self._pending = self._pending, None
-        if rows is None:
-            return
-        policy, window = self.recipe.policy.get(rows.phase), self.recipe.window
-        if window:
-            newest = rows.q if self.recent is None else torch.cat([self.recent, rows.q[:, :, -window:]], 2)
-            self.recent = newest[:, :, -window:].clone()
-        groups = []
+        if rows is not None:
+            self._settle(rows)
+
+    @torch.no_grad()
+    def _settle(self, rows: _Pending) -> None:
+        policy, groups = self.recipe.policy.get(rows.phase), []
+        self._remember(rows.q.flatten(0, 1))
+        recent = None if self.recent is None else _folded(self.recent.view, rows.q)
+        self._calm = math.inf
         for i, group in enumerate(self.groups):
             step = Step(
                 self.site, rows.phase, group, self.recipe.classes, group.pick(rows.q), group.pick(rows.lse), rows.first,
-                self.length, self.prompt, rows.logits, None if self.recent is None else group.pick(self.recent),
+                self.length, self.prompt, rows.logits, None if recent is None else group.pick(recent),
                 rows.seen[i] if rows.seen else None,
             )  # fmt: skip
-            settle.fit(step)
+            if self._fitting:
+                settle.fit(step)
             before = group.n
             after = [group] if policy is None else settle.place(step, policy)
             if any(each.n < before for each in after):
                 self.dropped_at = self.length
             groups += after
+            for step.group in after:
+                self._calm = min(self._calm, self.length + settle.slack(step, self.recipe.policy.get("decode")))
         self.groups = groups
-        for group in groups:
-            settle.freeze(group)
+        self._freeze()
+
+    def _remember(self, q: Tensor) -> None:
+        """Keeps the newest queries [Hq, m, D] that scorers will look at."""
+        if not self._window:
+            return
+        q = q if q.shape[1] <= self._window else q[:, -self._window :]
+        if self.recent is None:
+            self.recent = Buffer(q)
+        else:
+            self.recent.append(q)
+            self.recent.drop_front(max(0, self.recent.n - self._window))
+
+    def _freeze(self) -> None:
+        if self._lossy:
+            for group in self.groups:
+                settle.freeze(group)
 
     def truncate(self, length: int) -> None:
         """Forgets the tokens from `length` on, then settles what had been deferred.
@@ -200,8 +235,8 @@ class Layer:
                 for segment in group:
                     segment.truncate(length)
             if self.recent is not None:
-                self.recent = self.recent[:, :, : max(0, self.recent.shape[2] - max(0, gone - late))].clone()
-            self.length, self.prompt = length, min(self.prompt, length)
+                self.recent.cut(max(0, self.recent.n - max(0, gone - late)))
+            self.length, self.prompt, self._calm = length, min(self.prompt, length), 0
             if self._pending is not None:
                 self._pending.cut(gone)
         self.resolve()
@@ -212,7 +247,7 @@ class Layer:
         twin = Layer(self.site, self.recipe)
         twin.groups = [group.fork() for group in self.groups]
         twin.length, twin.prompt, twin.dropped_at = self.length, self.prompt, self.dropped_at
-        twin.recent, twin.defer = self.recent, self.defer
+        twin.recent, twin.defer = self.recent and Buffer(self.recent.view), self.defer
         return twin
 
     def tensors(self) -> Iterator[tuple[str, str, str, Tensor, int]]:
@@ -231,7 +266,7 @@ class Layer:
                 for column, buffer in segment.cols.items():
                     yield name, "column", column, buffer.data, buffer.used
         if self.recent is not None:
-            yield "", "state", "queries", self.recent, self.recent.nbytes
+            yield "", "state", "queries", self.recent.data, self.recent.used
         if self._pending is not None:
             for x in (self._pending.q, self._pending.lse):
                 yield "", "state", "pending", x, x.nbytes

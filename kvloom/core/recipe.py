@@ -39,7 +39,7 @@ class Scorer(Protocol):
 
 
 class Budget(Protocol):
-    """How many slots each head of a layer may keep."""
+    """How many slots each head of a layer may keep. It does not shrink from one decoded token to the next."""
 
     def __call__(self, step: Step) -> int | None: ...
 
@@ -49,6 +49,8 @@ class Budget(Protocol):
 
 class Placement(Protocol):
     """Scores and budget -> the class of every slot: long [h, n], an index into `step.classes`, or DROP.
+
+    Or just a number: so many slots of a table that has a `front` are dropped from there.
 
     `scope`: what must leave together ("head": each head drops its own slots; "layer": all heads drop the same).
     `moves`: classes that slots are moved to. `least`: slots that are always kept.
@@ -63,7 +65,7 @@ class Placement(Protocol):
     @property
     def least(self) -> int: ...
 
-    def __call__(self, step: Step, table: Table, scores: Tensor | None, budget: int) -> Tensor: ...
+    def __call__(self, step: Step, table: Table, scores: Tensor | None, budget: int) -> Tensor | int: ...
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ class Rows:
         """The index as a tensor, [h, n] or [1, n]."""
         if isinstance(self.index, Tensor):
             return self.index
+        if self.n == 1:
+            return torch.full((1, 1), self.index, dtype=torch.int32, device=self.k.device)
         return torch.arange(self.index, self.index + self.n, dtype=torch.int32, device=self.k.device)[None]
 
     def heads(self, heads: Tensor) -> Rows:

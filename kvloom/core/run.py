@@ -25,12 +25,12 @@ class Buffer:
 
     def append(self, x: Tensor) -> None:
         """Adds x [h, m, ...] behind the last row."""
+        m = x.shape[1]
         locked = self.data.is_inference() and not torch.is_inference_mode_enabled()  # torch forbids writing to it
-        if locked or self.start + self.n + x.shape[1] > self.data.shape[1]:
-            self._move(self.n + x.shape[1], x)
-        end = self.start + self.n + x.shape[1]
-        self.data[:, end - x.shape[1] : end] = x
-        self.n = end - self.start
+        if locked or self.start + self.n + m > self.data.shape[1]:
+            self._move(self.n + m, x)
+        self.data.narrow(1, self.start + self.n, m).copy_(x)
+        self.n += m
 
     def drop_front(self, rows: int) -> None:
         """Forgets the first rows."""
@@ -58,7 +58,11 @@ class Buffer:
 
     @property
     def view(self) -> Tensor:
-        return self.data[:, self.start : self.start + self.n]
+        return self.data.narrow(1, self.start, self.n)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """A view of the rows [start, stop)."""
+        return self.data.narrow(1, self.start + start, stop - start)
 
     @property
     def used(self) -> int:

@@ -81,6 +81,8 @@ class _Plane:
 
     def dense(self, start: int, stop: int) -> Tensor:
         """The slots [start, stop), decoded; a view where they lie in one exact run."""
+        if len(self.runs) == 1 and self.runs[0].codec.exact:
+            return self.runs[0].fields["x"].rows(start, stop)
         parts, at = [], 0
         for run in self.runs:
             a, b = max(start - at, 0), min(stop - at, run.n)
@@ -93,6 +95,9 @@ class _Plane:
 
     def append(self, codec: Codec, x: Tensor) -> None:
         """Encodes x [h, m, D] and puts it behind the last run of that codec."""
+        if codec is EXACT and self.runs and self.runs[-1].codec is EXACT and not self.runs[-1].sealed:
+            self.runs[-1].fields["x"].append(x)
+            return
         block = codec.encode(x, self.const)
         at = next((i for i in reversed(range(len(self.runs))) if self.runs[i].codec is codec), None)
         if at is not None and self.runs[at].sealed and self.runs[at].n < SMALL:
@@ -176,6 +181,8 @@ class Segment:
         self.value = _Plane(kind.value, kind.value_tail, "value")
         self.cols: dict[str, Buffer] = {}
         self.n, self.start = 0, 0
+        self._late = 0  # newest slots that the index column does not have yet: they follow `_next - _late`
+        self._next = 0
 
     @property
     def frozen(self) -> int:
@@ -186,8 +193,15 @@ class Segment:
     def index(self) -> Tensor:
         """Text index of every slot, [h, n] or [1, n] int32."""
         if "index" in self.cols:
+            self._catch_up()
             return self.cols["index"].view
         return torch.arange(self.start, self.start + self.n, dtype=torch.int32, device=self._store.device)[None]
+
+    def _catch_up(self) -> None:
+        if self._late:
+            late, self._late = self._late, 0
+            at = torch.arange(self._next - late, self._next, dtype=torch.int32, device=self._store.device)
+            self._extend("index", at[None])
 
     @property
     def _store(self) -> Tensor:
@@ -209,18 +223,26 @@ class Segment:
         if self.kind.fold:
             rows = self._folded(rows)
             m = 1
-        if self.n == 0 and isinstance(rows.index, int):
-            self.start = rows.index
-        elif not isinstance(rows.index, int) or rows.index != self.start + self.n or "index" in self.cols:
-            self._column("index", self.index if self.n else rows.where[:, :0])
-            self._extend("index", rows.where)
-        for name in (self.cols.keys() | rows.cols.keys()) - {"index"}:
+        self._place(rows)
+        for name in (self.cols.keys() | rows.cols.keys()) - {"index"} if len(self.cols) + len(rows.cols) else ():
             if name not in self.cols:
                 self._column(name, rows.cols[name].new_zeros((rows.cols[name].shape[0], self.n)))
             self._extend(name, rows.cols.get(name, self.cols[name].data.new_zeros((1, m))))
         self.key.append(EXACT, rows.k)
         self.value.append(EXACT, rows.v)
         self.n += m
+
+    def _place(self, rows: Rows) -> None:
+        """Notes where in the text the slots stand; consecutive ones only as a number."""
+        if isinstance(rows.index, int):
+            if "index" not in self.cols and self.n in (0, rows.index - self.start):
+                self.start = rows.index - self.n
+                return
+            if "index" in self.cols and (self._late == 0 or self._next == rows.index):
+                self._next, self._late = rows.index + rows.n, self._late + rows.n
+                return
+        self._column("index", self.index if self.n else rows.where[:, :0])
+        self._extend("index", rows.where)
 
     def _column(self, name: str, first: Tensor) -> None:
         if name not in self.cols:
@@ -241,7 +263,7 @@ class Segment:
 
     def clear(self) -> None:
         """Drops all slots and frees their bytes."""
-        self.key.runs, self.value.runs, self.cols, self.n = [], [], {}, 0
+        self.key.runs, self.value.runs, self.cols, self.n, self._late = [], [], {}, 0, 0
 
     def read(self, slots: Tensor) -> Rows:
         """The slots [h, r] as rows, keys and values decoded."""
@@ -257,6 +279,9 @@ class Segment:
             self.clear()
             return
         gone = self.n - slots.shape[1]
+        if self.consecutive and bool((slots[:, 0] == gone).all()):
+            self.drop_front(gone)
+            return
         if gone * 8 <= self.n and self.key.writable and self.value.writable:
             self._fill_holes(slots)
             return
@@ -266,6 +291,17 @@ class Segment:
         self.key.take(slots)
         self.value.take(slots)
         self.n = slots.shape[1]
+
+    @property
+    def consecutive(self) -> bool:
+        """Whether the slots are consecutive in the text and exact, so that the first ones can be dropped at no cost."""
+        return "index" not in self.cols and self.key.writable and self.value.writable
+
+    def drop_front(self, count: int) -> None:
+        """Drops the first slots of a `consecutive` segment."""
+        for buffer in (self.key.runs[0].fields["x"], self.value.runs[0].fields["x"], *self.cols.values()):
+            buffer.drop_front(count)
+        self.start, self.n = self.start + count, self.n - count
 
     def _fill_holes(self, slots: Tensor) -> None:
         """Few slots leave an exact segment: the last ones move into the holes, O(dropped) instead of O(held)."""
@@ -319,6 +355,7 @@ class Segment:
 
     def of_heads(self, at: Tensor) -> Segment:
         """A new segment of some of the heads."""
+        self._catch_up()
         twin = Segment(self.kind)
         twin.n, twin.start = self.n, self.start
         for mine, its in ((self.key, twin.key), (self.value, twin.value)):
@@ -329,6 +366,7 @@ class Segment:
 
     def fork(self) -> Segment:
         """A segment that shares the stored slots: both sides go on in runs of their own."""
+        self._catch_up()
         twin = Segment(self.kind)
         twin.n, twin.start = self.n, self.start
         for mine, its in ((self.key, twin.key), (self.value, twin.value)):

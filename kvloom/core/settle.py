@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -12,24 +13,37 @@ from kvloom.core.recipe import DROP, Policy
 from kvloom.core.segment import Segment
 from kvloom.core.step import Step
 
-__all__ = ["fit", "freeze", "place"]
+__all__ = ["fit", "freeze", "place", "slack"]
 
 
 def place(step: Step, policy: Policy) -> list[Group]:
     """Applies a policy to one group. Returns the groups it became (one, unless its heads now hold unequally many)."""
-    table = Table(step.group, policy.over, step.q.device)
-    budget = policy.budget(step)
-    due = budget is not None and table.n > 0
-    due = due and (table.n - (budget or 0) >= policy.every or step.first < policy.sorts)
+    n, budget = sum(step.group.segments[name].n for name in policy.over), policy.budget(step)
+    due = budget is not None and n > 0 and (n - budget >= policy.every or step.first < policy.sorts)
     # A score that adds up over all queries (queries < 0) is owed to every forward; others only when they decide something.
-    owed = policy.score is not None and (due or policy.score.queries < 0)
-    scores = policy.score(step, table) if owed and policy.score is not None else None
+    if not due and (policy.score is None or policy.score.queries >= 0):
+        return [step.group]
+    table = Table(step.group, policy.over, step.q.device)
+    scores = None if policy.score is None else policy.score(step, table)
     if not due or budget is None:
         return [step.group]
     route = policy.place(step, table, scores, budget)
+    if isinstance(route, int):
+        table.parts[0][1].drop_front(route)
+        return [step.group]
     if route.shape[0] != step.heads:
         route = route.expand(step.heads, -1)
     return _route(step, table, route)
+
+
+def slack(step: Step, policy: Policy | None) -> float:
+    """How many single decoded tokens certainly need no `place` after this step."""
+    if policy is None:
+        return math.inf
+    if (policy.score is not None and policy.score.queries < 0) or step.length < policy.sorts:
+        return 0
+    n, budget = sum(step.group.segments[name].n for name in policy.over), policy.budget(step)
+    return math.inf if budget is None else policy.every - (n - budget) - 1
 
 
 def _route(step: Step, table: Table, route: Tensor) -> list[Group]:

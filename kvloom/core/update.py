@@ -43,8 +43,7 @@ class Update:
         k, v, self.k, self.v = self.k, self.v, None, None
         self.layer.waiting = None
         held = DenseMask(mask, k.shape[1]) if isinstance(mask, Tensor) else mask
-        site = self.layer.site
-        logits = Logits(scale, softcap, site.rope if self.layer.turns else None)
+        logits = Logits(scale, softcap, self.layer.rope)
         out = None
         for b, row in enumerate(self.layer.rows):
             real = held.real(b) if held is not None else None

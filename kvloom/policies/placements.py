@@ -38,7 +38,13 @@ class Keep:
     def least(self) -> int:
         return self.sinks + (self.newest if isinstance(self.newest, int) else 0)
 
-    def __call__(self, step: Step, table: Table, scores: Tensor | None, budget: int) -> Tensor:
+    def __call__(self, step: Step, table: Table, scores: Tensor | None, budget: int) -> Tensor | int:
+        if scores is None and self.to is None and table.front is not None and table.front >= self.sinks:
+            return max(0, table.n - budget)
+        return self.route(step, table, scores, budget)
+
+    def route(self, step: Step, table: Table, scores: Tensor | None, budget: int) -> Tensor:
+        """The class of every slot."""
         index = table.index
         own = torch.cat([index.new_full((s.n,), step.classes.index(name)) for name, s in table.parts]).long()
         if scores is None:

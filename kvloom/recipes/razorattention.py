@@ -156,8 +156,8 @@ class _Local(Keep):
 
     retrieval: Heads = ()
 
-    def __call__(self, step: Step, table: Table, scores: Tensor | None, budget: int) -> Tensor:
-        route = super().__call__(step, table, scores, budget).expand(step.heads, -1).clone()
+    def route(self, step: Step, table: Table, scores: Tensor | None, budget: int) -> Tensor:
+        route = super().route(step, table, scores, budget).expand(step.heads, -1).clone()
         keeps = _retrieves(self.retrieval, step.site.layer, step.group).to(route.device)
         route[keeps] = step.classes.index("main")
         return route

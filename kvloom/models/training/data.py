@@ -87,16 +87,16 @@ class Mixture:
     """Shares of row kinds in a batch, and how recall rows look.
 
     copying, recall and chat are shares of rows (the rest is plain text); easy is the share of recall rows
-    in one plain wording; facts the most facts a document has; multi the share of questions about several
-    values.
+    in one plain wording; facts the most facts a document has; multi how much of the questions is about
+    several values (0 to 1).
     """
 
     copying: float = 0.0
     recall: float = 0.7
     chat: float = 0.04
     easy: float = 0.0
-    facts: int = 8
-    multi: float = 0.45
+    facts: int = 64
+    multi: float = 1.0
     question_first: float = 0.12
     words_as_values: float = 0.08
 
@@ -163,9 +163,10 @@ class Source:
         """A document with facts and a chat that asks about them; answers weigh most."""
         rng = self.rng
         wording = "easy" if rng.random() < mix.easy else "loose"
-        wanted = rng.randint(1, 3) if rng.random() < 0.2 else rng.randint(max(1, mix.facts // 3), mix.facts)
-        several = rng.random() < 2 * mix.multi
-        counts = [rng.choice((2, 2, 3, 3, 4)) if several and rng.random() < 0.3 else 1 for _ in range(wanted)]
+        wanted = rng.randint(1, 3) if rng.random() < 0.15 else rng.randint(max(1, mix.facts // 4), mix.facts)
+        several = rng.choice((0.0, 0.3, 0.9)) * mix.multi  # of keys with several values, of asking for several keys
+        together = rng.choice((0.0, 0.3, 0.9)) * mix.multi
+        counts = [rng.choice((2, 3, 3, 3, 4)) if rng.random() < several else 1 for _ in range(wanted)]
         while sum(counts) > max(4, mix.facts):
             counts.pop()
         facts = draw_facts(
@@ -178,8 +179,8 @@ class Source:
         while waiting:
             single = [f for f in waiting if len(f.values) == 1]
             group = [waiting[0]]
-            if len(single) > 1 and rng.random() < mix.multi * 0.6:
-                group = single[: rng.randint(2, 4)]
+            if len(single) > 1 and rng.random() < together:
+                group = single[: rng.choice((2, 3, 3, 4))]
             waiting = [f for f in waiting if f not in group]
             questions.append(ask(rng, group, wording))
         before, after = (

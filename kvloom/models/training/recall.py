@@ -8,6 +8,7 @@ come in two disjoint splits, "train" and "held-out".
 from __future__ import annotations
 
 import random
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -42,11 +43,17 @@ class Fact:
     plural: str
     values: list[str]
     needles: list[str] = field(default_factory=list)
+    prep: str = ""  # what links kind and key, where sentences leave it open
 
     @property
     def quotes(self) -> list[str]:
         """What each needle says from its key to its value, sorted by value: "cedar is 48213"."""
-        found = [(v, n[n.index(self.key) : n.rindex(v) + len(v)]) for n, v in zip(self.needles, self.values)]
+        key = re.compile(rf"(?<!\w){re.escape(self.key)}(?!\w)")
+        found = []
+        for needle, value in zip(self.needles, self.values, strict=True):
+            place = key.search(needle)
+            assert place is not None
+            found.append((value, needle[place.start() : needle.rindex(value) + len(value)]))
         return [quote for _, quote in sorted(found)]
 
 
@@ -133,7 +140,8 @@ def draw_facts(
     style = rng.choice(styles)
     size = rng.choice(digits)
     mixed_style, mixed_size = rng.random() < 0.25, rng.random() < 0.4
-    template = book.needle(rng)
+    prep = book.preposition(rng)
+    template = book.needle(rng, prep)
     used: set[str] = set()
     facts = []
 
@@ -147,8 +155,10 @@ def draw_facts(
     for count in counts:
         key_style = rng.choice(styles) if mixed_style else style
         key = fresh(lambda kind=key_style: draw_key(rng, split, kind))
-        fact = Fact(key, noun, plural, [])
-        template = template if same_wording else book.needle(rng)
+        if not same_wording:
+            prep = book.preposition(rng)
+            template = book.needle(rng, prep)
+        fact = Fact(key, noun, plural, [], prep=prep)
         for _ in range(count):
             length = rng.choice(digits) if mixed_size and size else size
             value = fresh(lambda n=length: draw_value(rng, n, split))
@@ -176,7 +186,8 @@ def ask(rng: random.Random, facts: Sequence[Fact], wording: str) -> Question:
     joined = ", ".join(keys[:-1]) + " and " + keys[-1] if len(keys) > 1 else keys[0]
     number = {2: "two", 3: "three", 4: "four"}.get(max(len(keys), len(fact.values)), "")
     template = book.question(rng, templates, "{noun}" if kind == "single" else "{nouns}")
-    text = book.fill(rng, template, key=joined, value="", noun=fact.noun, nouns=fact.plural, count=number)
+    prep = fact.prep if rng.random() < 0.5 else book.preposition(rng)
+    text = book.fill(rng, template, prep, key=joined, value="", noun=fact.noun, nouns=fact.plural, count=number)
     answer = ", ".join(quote for f in facts for quote in f.quotes)
     return Question(text, answer, kind, keys)
 

@@ -50,14 +50,13 @@ BASE = (  # from random weights: copying first, without which recall stays at ze
     Stage(0.92, (2048,), tokens=8192, mixture=Mixture(recall=0.7, easy=1.0, facts=24, multi=0.0)),
     Stage(1.01, (4096,), tokens=8192, mixture=Mixture(recall=0.7, easy=1.0, facts=24, multi=0.0)),
 )
-PLAN = (  # from a model that recalls in one wording: many wordings and several values, then length
-    Stage(0.08, (256, 512), (0.5, 0.5), mixture=Mixture(easy=0.25, facts=8)),
-    Stage(0.35, (512,), mixture=Mixture(easy=0.08, facts=10)),
-    Stage(0.68, (384, 512, 1024), (0.4, 0.4, 0.2), mixture=Mixture(recall=0.75, easy=0.06, facts=12)),
-    Stage(0.82, (512, 1024, 2048), (0.4, 0.3, 0.3), tokens=8192, mixture=Mixture(easy=0.05, facts=20)),
+PLAN = (  # from a model that recalls: many dense short rows, then length
+    Stage(0.40, (256, 384, 512), (0.3, 0.4, 0.3), tokens=4096, mixture=Mixture(recall=0.85, easy=0.03)),
+    Stage(0.62, (384, 512, 1024), (0.4, 0.4, 0.2), mixture=Mixture(recall=0.85, easy=0.03)),
+    Stage(0.80, (512, 1024, 2048), (0.4, 0.3, 0.3), tokens=8192, mixture=Mixture(recall=0.8, easy=0.03)),
     Stage(
-        1.01, (512, 1024, 2048, 4096, 8192), (0.2, 0.2, 0.2, 0.25, 0.15), tokens=8192,
-        mixture=Mixture(easy=0.05, facts=24),
+        1.01, (512, 1024, 2048, 4096, 8192), (0.25, 0.2, 0.2, 0.25, 0.1), tokens=8192,
+        mixture=Mixture(easy=0.03),
     ),
 )  # fmt: skip
 
@@ -225,7 +224,7 @@ class Trainer:
         progress = self.progress()
         stage = next(stage for stage in self.plan if progress < stage.until)
         length = self.source.rng.choices(stage.lengths, stage.shares[: len(stage.lengths)])[0]
-        facts = min(stage.mixture.facts, max(3, length // 48))
+        facts = min(stage.mixture.facts, max(3, length // 40))
         rows = max(1, stage.tokens // length)
         return self.source.batch(rows, length, replace(stage.mixture, facts=facts)), length
 

@@ -7,7 +7,10 @@ Slots: {noun} and {nouns} (what kind of value), {key}, {value}, {count} (how man
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+import re
+from dataclasses import astuple, dataclass, replace
+from functools import cache
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -26,20 +29,26 @@ class Wordings:
     first_frames: tuple[str, ...]
     loose: float = 0.0  # chance of a sentence or question of random words around its slots
 
-    def needle(self, rng: random.Random) -> str:
+    def preposition(self, rng: random.Random) -> str:
+        """What links kind and key; loose ones are two random words, "granted by"."""
+        if rng.random() < self.loose:
+            return f"{rng.choice(fillers())} {rng.choice(LINKS)}"
+        return rng.choice(self.prepositions)
+
+    def needle(self, rng: random.Random, prep: str) -> str:
         """A needle template; the key stands before the value."""
         if rng.random() < self.loose:
             slots = ["{key}", "{value}"]
             if rng.random() < 0.85:
                 slots.insert(rng.randrange(3), "{noun}")
             return scatter(rng, slots, ".")
-        template = rng.choice(self.needles).replace("{prep}", rng.choice(self.prepositions))
+        template = rng.choice(self.needles).replace("{prep}", prep)
         return template.replace("{lead}", rng.choice(self.leads) if rng.random() < 0.5 else "")
 
-    def fill(self, rng: random.Random, template: str, **slots: str) -> str:
+    def fill(self, rng: random.Random, template: str, prep: str = "", **slots: str) -> str:
         """A sentence from a template; starts with a capital unless a key stands first."""
         asked = rng.choice(self.asks) if rng.random() < 0.5 else ""
-        text = template.format(prep=rng.choice(self.prepositions), lead="", ask=asked, **slots)
+        text = template.format(prep=prep, lead="", ask=asked, **slots)
         if template.startswith(("{key}", "{value}")):
             return text
         return text[0].upper() + text[1:]
@@ -54,7 +63,12 @@ class Wordings:
 
     def frame(self, rng: random.Random, question_first: bool) -> str:
         """The prompt around {document} and {question}."""
-        return rng.choice(self.first_frames if question_first else self.frames)
+        frame = rng.choice(self.first_frames if question_first else self.frames)
+        if rng.random() < self.loose / 2:
+            first, last = sorted(("{document}", "{question}"), key=frame.index)
+            gap = rng.choice((" ", "\n", "\n\n"))
+            return f"{heading(rng)}{first}{gap}{heading(rng)}{last}"
+        return frame
 
 
 COMMON = (
@@ -66,19 +80,37 @@ COMMON = (
     "wrote keep kept hold held show get got please known used using name list text person thing place time day "
     "word line man people "
 )
-FILLERS = COMMON.split()
+LINKS = ("to", "to", "with", "for", "by", "of", "in", "from", "on", "at", "under")
+
+
+@cache
+def fillers() -> tuple[str, ...]:
+    """Words for loose sentences: common ones, and any others that no held-out wording has."""
+    held = set(re.findall(r"\w+", " ".join(map(str, astuple(HELD_OUT)))))
+    lines = Path(__file__).with_name("words_fillers.txt").read_text(encoding="utf-8").split()
+    other = [word for word in lines if word not in held]
+    return (*COMMON.split() * max(1, len(other) // len(COMMON.split())), *other)
 
 
 def scatter(rng: random.Random, slots: list[str], end: str) -> str:
     """A template of the slots in this order with nought to three random words around each."""
     parts: list[str] = []
     for slot in [*slots, ""]:
-        parts += rng.choices(FILLERS, k=rng.choice((0, 1, 1, 2, 3) if slot else (0, 0, 0, 1, 2)))
+        parts += rng.choices(fillers(), k=rng.choice((0, 1, 1, 2, 3) if slot else (0, 0, 0, 1, 2)))
         parts += [slot] if slot else []
     text = " ".join(parts)
     if rng.random() < 0.15:
         text = text.replace(" {value}", rng.choice((": {value}", " = {value}", ", {value}", " ({value})")))
+    if rng.random() < 0.1:
+        text = text.replace("{key}", rng.choice(("[{key}]", "({key})", "{key},", "{key}:", '"{key}"')))
     return text + end
+
+
+def heading(rng: random.Random) -> str:
+    """Nought to five random words before a document or a question: "Over wrote: "."""
+    words = rng.choices(fillers(), k=rng.choice((0, 1, 1, 2, 3, 5)))
+    text = " ".join(words) + rng.choice((": ", ", ", ".\n\n", ":\n")) if words else ""
+    return text[:1].upper() + text[1:]
 
 
 TRAIN = Wordings(
@@ -216,7 +248,7 @@ HELD_OUT = Wordings(
     first_frames=("Task: {question}\n\nPassage: {document}", "{question} The passage follows.\n\n{document}"),
 )  # fmt: skip
 
-LOOSE = replace(TRAIN, loose=0.4)  # what training rows have
+LOOSE = replace(TRAIN, loose=0.5)  # what training rows have
 
 EASY = replace(  # one plain wording, with which training begins
     TRAIN,

@@ -1,7 +1,8 @@
-"""Makes the word lists ``words_keys.txt`` and ``words_names.txt`` from the training text.
+"""Makes the word lists ``words_keys.txt``, ``words_names.txt`` and ``words_fillers.txt`` from the training text.
 
-``python -m kvloom.models.training.words`` counts words in ``$KVLOOM_DATA/text`` and writes both files next to
-this module. Every eighth line of each list is held out: never a key or value in training (see ``recall.py``).
+``python -m kvloom.models.training.words`` counts words in ``$KVLOOM_DATA/text`` and writes the files next to this
+module. Every eighth line of keys and names is held out: never a key or value in training (see ``recall.py``).
+Fillers are what loose sentences are made of; no held-out key is among them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ WORD = re.compile(r"(?<![.!?\"'“\u2018] )(?<=[a-z,] )([A-Za-z][a-z]{3,9})\b")
 
 
 def main() -> None:
-    """Write the two lists: common words without the 350 commonest, and always capitalised ones."""
+    """Write the lists: common words without the 350 commonest, always capitalised ones, and common words."""
     counts: Counter[str] = Counter()
     for path in sorted(data_folder().glob("[gw]*_00.txt")):
         for text in sample_text(path, 0.3):
@@ -30,8 +31,11 @@ def main() -> None:
         for word, number in counts.most_common()
         if word[0].isupper() and number >= 15 and counts[word.lower()] * 20 < number
     ][:1200]
-    for name, words in (("keys", keys), ("names", names)):
+    for words in (keys, names):
         random.Random(0).shuffle(words)
+    held = set(keys[7::8])
+    fillers = sorted(word for word in lower[:3500] if word not in held)
+    for name, words in (("keys", keys), ("names", names), ("fillers", fillers)):
         (FOLDER / f"words_{name}.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
         print(name, len(words), words[:12])
 
