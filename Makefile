@@ -14,6 +14,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PINS := constraints/base.txt $(CONSTRAINTS)
+KERNELS := CMakeLists.txt $(wildcard kvloom/kernels/native/*)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -68,14 +69,14 @@ $(VENV)/.torch: $(VENV)/.created constraints/base.txt scripts/install_torch.py
 	@touch $@
 
 # Each installs what the one before does, and more, so one pip run is enough whichever comes first.
-$(VENV)/.run: $(VENV)/.torch pyproject.toml $(PINS)
+$(VENV)/.run: $(VENV)/.torch pyproject.toml $(PINS) $(KERNELS)
 	$(PIP_INSTALL) --editable .
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.torch pyproject.toml $(PINS)
+$(VENV)/.test: $(VENV)/.torch pyproject.toml $(PINS) $(KERNELS)
 	$(PIP_INSTALL) --editable ".[test]"
 	@touch $(VENV)/.run $@
 
-$(VENV)/.lint: $(VENV)/.torch pyproject.toml $(PINS)
+$(VENV)/.lint: $(VENV)/.torch pyproject.toml $(PINS) $(KERNELS)
 	$(PIP_INSTALL) --editable ".[test,lint]"
 	@touch $(VENV)/.run $(VENV)/.test $@

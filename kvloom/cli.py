@@ -282,6 +282,35 @@ def check(model: str, *, cache: list[str] | None = None, json: Json = False) -> 
 
 
 @app.command
+def doctor(*, json: Json = False) -> None:
+    """What kvloom found on this machine: versions, threads, and which attention kernels run.
+
+    KVLOOM_KERNELS=torch switches the compiled kernels off; KVLOOM_ISA=portable, avx2 or avx512 picks an instruction set.
+    """
+    import platform
+
+    import torch
+    import transformers
+
+    from kvloom import __version__
+    from kvloom.kernels import native
+
+    found = {
+        "kvloom": __version__, "python": platform.python_version(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "machine": platform.machine(), "threads": torch.get_num_threads(),
+        "instruction sets": torch.backends.cpu.get_cpu_capability(), "kernels": native.ISA or "torch",
+        "why": native.WHY,
+    }  # fmt: skip
+    if json:
+        _print_json(found)
+        return
+    table = Table("", "found", show_header=False)
+    for name, value in found.items():
+        table.add_row(name, str(value))
+    Console().print(table)
+
+
+@app.command
 def calibrate(
     model: str,
     *,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvloom.cli import main
+from kvloom.kernels import native
 from kvloom.lab.demo import demo_task
 from kvloom.lab.measure import load_model
 from kvloom.lab.page import pareto
@@ -46,7 +47,14 @@ def test_recipes_lists_all_and_shows_one(capsys: pytest.CaptureFixture[str]) -> 
     assert "snapkv" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["demo", "compare", "generate", "recipes", "check", "calibrate"])
+def test_doctor_names_the_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor", "--json"])
+    assert json.loads(capsys.readouterr().out)["kernels"] == (native.ISA or "torch")
+    main(["doctor"])
+    assert "kernels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["demo", "compare", "generate", "recipes", "check", "doctor", "calibrate"])
 def test_help_explains(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     main([command, "--help"])
     assert "--json" in capsys.readouterr().out

@@ -28,9 +28,9 @@ def test_pack_round_trip(bits: int, rows: int, bytes_: int, seed: int) -> None:
 
 
 def test_pack_layout() -> None:
-    """Low bits first; 3 bits as a plane of 2 and a plane of 1."""
-    assert pack(torch.tensor([1, 2, 3, 0, 3, 3, 0, 0], dtype=torch.uint8), 2).tolist() == [0b00111001, 0b00001111]
-    assert pack(torch.tensor([7, 0, 4, 1, 0, 0, 0, 0], dtype=torch.uint8), 3).tolist() == [0b01000011, 0, 0b00000101]
+    """Planes from the lowest bits up; 3 bits as a row of 2 and a row of 1."""
+    assert pack(torch.tensor([1, 2, 3, 0, 3, 3, 0, 0], dtype=torch.uint8), 2).tolist() == [0b00111101, 0b00110010]
+    assert pack(torch.tensor([7, 0, 4, 1, 0, 0, 0, 0], dtype=torch.uint8), 3).tolist() == [0b0011, 0b0100, 0b00000101]
 
 
 def codecs() -> st.SearchStrategy[Codec]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvloom.core.group import Group
 from kvloom.core.rope import Rope
 from kvloom.core.segment import SMALL, Segment
-from kvloom.kernels import reference
+from kvloom.kernels import native, reference
 
 __all__ = ["Logits", "Visible", "as_bias", "attend", "segment_logits"]
 
@@ -139,8 +139,41 @@ def _stretches(segment: Segment, start: int) -> list[tuple[int, int]]:
     return list(pairwise(borders))
 
 
+def _compiled(
+    q: Tensor, value_dim: int, group: Group, logits: Logits, length: int, emit: bool
+) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]] | None:
+    """`attend` in one call of the compiled kernels; None where they do not serve."""
+    h, g, m, dim = q.shape
+    if not native.serves(q, value_dim):
+        return None
+    parts: list[native.Part] = []
+    emitted: dict[str, Tensor] = {}
+    for name, segment in group.segments.items():
+        if segment.n:
+            rows = turned(q, group, segment, logits, length).reshape(h, g * m, dim).float().contiguous()
+            part = native.Part(segment.n, logw=segment.column("logw"), kept=[rows])
+            for plane, into in ((segment.key, part.keys), (segment.value, part.values)):
+                for run in plane.runs:
+                    described = run.codec.describe(
+                        run.block, run.const, rows if plane is segment.key else None, part.kept
+                    )
+                    if described is None:
+                        return None
+                    into.append(described)
+            if emit:
+                part.scores = emitted[name] = torch.empty(h, g * m, segment.n)
+            parts.append(part)
+    return [native.attend(h, g * m, dim, value_dim, parts, logits.scale, logits.softcap)], emitted
+
+
 def attend(
-    q: Tensor, group: Group, logits: Logits, length: int, visible: Visible | None = None, emit: bool = False
+    q: Tensor,
+    value_dim: int,
+    group: Group,
+    logits: Logits,
+    length: int,
+    visible: Visible | None = None,
+    emit: bool = False,
 ) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """Attention of q [h, g, m, D] over all that a group holds.
 
@@ -148,6 +181,10 @@ def attend(
     [h, g * m, n]. `visible` hides slots from rows; without it every row sees every slot. `length`: tokens seen so far.
     """
     g = q.shape[1]
+    if visible is None and g * q.shape[2] <= native.ROWS:
+        done = _compiled(q, value_dim, group, logits, length, emit)
+        if done is not None:
+            return done
     parts, emitted = [], {}
     for name, segment in group.segments.items():
         if segment.n:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
-from kvloom.kernels import reference
+from kvloom.kernels import native, reference
 
 if TYPE_CHECKING:
     from kvloom.core.site import Site
@@ -60,6 +60,13 @@ class Codec:
         """Weighted sums [h, R, D] in fp32 of the stored values."""
         return reference.mix(p, self.decode(block, const))
 
+    def describe(self, block: Block, const: Const, q: Tensor | None, kept: list[Tensor]) -> native.Described | None:
+        """The block for the compiled kernels, with q [h, R, D] fp32 if it holds keys; None where they can't read it.
+
+        Tensors made on the way go to `kept`.
+        """
+        return None
+
     def nbytes(self, n: int, dim: int, itemsize: int) -> int:
         """Bytes of n slots of one head; n is a multiple of `unit`."""
         raise NotImplementedError
@@ -78,6 +85,9 @@ class Exact(Codec):
 
     def decode(self, block: Block, const: Const) -> Tensor:
         return block["x"]
+
+    def describe(self, block: Block, const: Const, q: Tensor | None, kept: list[Tensor]) -> native.Described | None:
+        return native.dense(block["x"], q)
 
     def nbytes(self, n: int, dim: int, itemsize: int) -> int:
         return n * dim * itemsize

@@ -138,7 +138,9 @@ class Layer:
         found, seen = [], []
         folded = _folded(q, rows.k)
         for group in self.groups:
-            parts, logs = attend(group.pick(folded), group, logits, self.length + alone, visible, emit)
+            parts, logs = attend(
+                group.pick(folded), rows.v.shape[-1], group, logits, self.length + alone, visible, emit
+            )
             if fresh is not None:
                 own, own_lse = (group.pick(_folded(x, rows.k)).flatten(1, 2) for x in fresh)
                 parts.append((own, own_lse))

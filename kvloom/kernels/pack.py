@@ -1,6 +1,7 @@
-"""n-bit codes in bytes. Low bits first: code j of a byte holding 8/b codes sits at bit b*j.
+"""n-bit codes in bytes, in planes, so that a vector of bytes unpacks into vectors of neighbouring codes.
 
-3 bits do not divide a byte, so they are stored as a 2-bit plane followed by a 1-bit plane along the last dimension.
+A row of n codes of b bits takes m = n * b / 8 bytes; byte i holds codes i, m + i, 2 m + i, ... from its lowest bits up.
+3 bits do not divide a byte: a row of 2 bits is followed by a row of 1 bit.
 """
 
 import torch
@@ -18,10 +19,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 3:
         return torch.cat([pack(codes & 3, 2), pack(codes >> 2, 1)], dim=-1)
     per = 8 // bits
-    lanes = codes.unflatten(-1, (-1, per))
-    out = lanes[..., 0].clone()
+    planes = codes.unflatten(-1, (per, -1))
+    out = planes[..., 0, :].clone()
     for j in range(1, per):
-        out |= lanes[..., j] << (bits * j)
+        out |= planes[..., j, :] << (bits * j)
     return out
 
 
@@ -33,4 +34,4 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         low = packed.shape[-1] * 2 // 3
         return unpack(packed[..., :low], 2) | (unpack(packed[..., low:], 1) << 2)
     shift = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return ((packed[..., None] >> shift) & (2**bits - 1)).flatten(-2)
+    return ((packed[..., None, :] >> shift[:, None]) & (2**bits - 1)).flatten(-2)

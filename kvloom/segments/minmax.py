@@ -13,7 +13,7 @@ from torch import Tensor
 from kvloom.core.codec import Block, Codec, Const, Plane, Scope
 from kvloom.core.site import Site
 from kvloom.errors import RecipeError
-from kvloom.kernels import reference
+from kvloom.kernels import native, reference
 from kvloom.kernels.pack import BITS, pack, unpack
 
 __all__ = ["MinMax"]
@@ -114,6 +114,10 @@ class MinMax(Codec):
             (slice(at * self.unit, (at + each) * self.unit), {name: x[:, at : at + each] for name, x in block.items()})
             for at in range(0, rows, each)
         ]
+
+    def describe(self, block: Block, const: Const, q: Tensor | None, kept: list[Tensor]) -> native.Described | None:
+        group = self.group or block["codes"].shape[2] * 8 // self.bits
+        return native.packed(self.along, self.bits, group, block["codes"], block["scale"], block["zero"], q)
 
     def nbytes(self, n: int, dim: int, itemsize: int) -> int:
         group = self.group or dim

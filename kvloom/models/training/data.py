@@ -72,7 +72,8 @@ def build_cache(tokenizer: Any, cache: Path) -> dict[str, np.ndarray]:
 class Batch:
     """Rows of token ids, and the positions whose next token counts.
 
-    ids: [batch, length]; positions, targets, weights: [n], positions flat in ids; answers: [n] bool.
+    ids: [batch, length]; positions [n] flat in ids; targets [n, k], any of which is right (-1 fills up); weights [n];
+    answers [n] bool.
     """
 
     ids: np.ndarray
@@ -101,11 +102,14 @@ class Mixture:
     words_as_values: float = 0.08
 
 
+Row = tuple[np.ndarray, np.ndarray, dict[int, list[int]]]  # ids, weights, and tokens as right as the one at a place
 ANSWER_WEIGHT, QUESTION_WEIGHT, NEEDLE_WEIGHT, HAY_SHARE = 6.0, 0.3, 0.3, 0.3
 
 
 class Source:
     """Draws rows of ``length + 1`` tokens with one loss weight each (weight of predicting that token)."""
+
+    ALSO = 3  # other right tokens at one place at most
 
     def __init__(self, tokenizer: Any, kinds: dict[str, np.ndarray], seed: int) -> None:
         self.tokenizer, self.kinds = tokenizer, kinds
@@ -132,20 +136,20 @@ class Source:
             piece = piece[piece != self.end]
         return piece[:tokens]
 
-    def text_row(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def text_row(self, length: int) -> Row:
         """Plain text."""
         ids = np.concatenate(([self.bos], self.text(length, whole=True)))
-        return ids, np.ones(len(ids))
+        return ids, np.ones(len(ids)), {}
 
-    def chat_row(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def chat_row(self, length: int) -> Row:
         """Dialogues, from the start of one's turn."""
         ids = self.kinds["chat"]
         start = self.rng.randrange(len(ids) - length - 400)
         start += int(np.argmax(ids[start : start + 400] == self.user))
         ids = np.concatenate(([self.bos], ids[start : start + length]))
-        return ids, np.ones(len(ids))
+        return ids, np.ones(len(ids)), {}
 
-    def copy_row(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def copy_row(self, length: int) -> Row:
         """Runs of random or text tokens, each followed by the same run again."""
         parts, weights, total = [np.array([self.bos])], [np.zeros(1)], 1
         while total <= length:
@@ -157,9 +161,24 @@ class Source:
             parts += [run, run]
             weights += [np.zeros(size), np.array([0.2] + [2.0] * (size - 1))]
             total += 2 * size
-        return np.concatenate(parts)[: length + 1], np.concatenate(weights)[: length + 1]
+        return np.concatenate(parts)[: length + 1], np.concatenate(weights)[: length + 1], {}
 
-    def recall_row(self, length: int, mix: Mixture) -> tuple[np.ndarray, np.ndarray]:
+    def answer(self, quotes: list[str]) -> tuple[list[int], dict[int, list[int]]]:
+        """Tokens of an answer, and what could stand at a place as well: values of one key may come in any order."""
+        coded = self.encode([f" {quote}" for quote in quotes])
+        comma = self.encode([","])[0]
+        ids: list[int] = []
+        also: dict[int, list[int]] = {}
+        for i, quote in enumerate(coded):
+            ids += comma if ids else []
+            for other in coded[i + 1 :]:
+                at = next((j for j, (x, y) in enumerate(zip(quote, other, strict=False)) if x != y), None)
+                if at is not None and other[at] not in also.setdefault(len(ids) + at, []):
+                    also[len(ids) + at].append(other[at])
+            ids += quote
+        return [*ids, self.end], also
+
+    def recall_row(self, length: int, mix: Mixture) -> Row:
         """A document with facts and a chat that asks about them; answers weigh most."""
         rng = self.rng
         wording = "easy" if rng.random() < mix.easy else "loose"
@@ -175,7 +194,7 @@ class Source:
             **({"styles": ("word",)} if wording == "easy" else {}),
         )  # fmt: skip
         waiting = rng.sample(facts, len(facts))
-        questions = []
+        questions, answers = [], []
         while waiting:
             single = [f for f in waiting if len(f.values) == 1]
             group = [waiting[0]]
@@ -183,6 +202,10 @@ class Source:
                 group = single[: rng.choice((2, 3, 3, 4))]
             waiting = [f for f in waiting if f not in group]
             questions.append(ask(rng, group, wording))
+            if len(group) == 1:
+                answers.append(self.answer(rng.sample(group[0].quotes, len(group[0].values))))
+            else:
+                answers.append((self.answer([quote for fact in group for quote in fact.quotes])[0], {}))
         before, after = (
             wordings(wording)
             .frame(rng, rng.random() < mix.question_first)
@@ -192,16 +215,17 @@ class Source:
         needles = [" " + needle for fact in facts for needle in fact.needles]
         turns = [f"<|user|>{q.text}{EOS}<|assistant|>" for q in questions]
         turns[0] = f"{after}{EOS}<|assistant|>"
-        coded = self.encode([f"{BOS}<|user|>{before}", *needles, *turns, *(f" {q.answer}{EOS}" for q in questions)])
-        head, needle_ids = coded[0], coded[1 : 1 + len(needles)]
-        turn_ids, answer_ids = coded[1 + len(needles) : -len(turns)], coded[-len(turns) :]
+        coded = self.encode([f"{BOS}<|user|>{before}", *needles, *turns])
+        head, needle_ids, turn_ids = coded[0], coded[1 : 1 + len(needles)], coded[1 + len(needles) :]
         budget = length + 1 - len(head) - sum(map(len, needle_ids))
         least = max(16, length // 4)  # tokens of text at least
         tail: list[int] = []
         tail_weights: list[float] = []
-        for turn, answer in zip(turn_ids, answer_ids, strict=True):
+        also: dict[int, list[int]] = {}  # places in the tail
+        for turn, (answer, others) in zip(turn_ids, answers, strict=True):
             if tail and len(tail) + len(turn) + len(answer) > budget - least:
                 break
+            also |= {len(tail) + len(turn) + at: tokens for at, tokens in others.items()}
             tail += turn + answer
             tail_weights += [QUESTION_WEIGHT] * len(turn) + [ANSWER_WEIGHT] * len(answer)
         hay = self.text(max(8, budget - len(tail)))
@@ -221,18 +245,20 @@ class Source:
             taken = slot
         ids += [hay[taken:], tail]
         weights += [keep[taken:], np.array(tail_weights)]
-        return np.concatenate(ids)[: length + 1].astype(np.int64), np.concatenate(weights)[: length + 1]
+        row = np.concatenate(ids).astype(np.int64)
+        also = {len(row) - len(tail) + at: tokens for at, tokens in also.items() if len(row) - len(tail) + at <= length}
+        return row[: length + 1], np.concatenate(weights)[: length + 1], also
 
-    def row(self, length: int, mix: Mixture) -> tuple[np.ndarray, np.ndarray]:
+    def row(self, length: int, mix: Mixture) -> Row:
         """One row of a kind drawn from the mixture."""
         draw = self.rng.random()
         if draw < mix.copying:
             return self.copy_row(length)
         if draw < mix.copying + mix.recall:
             for _ in range(20):
-                ids, weights = self.recall_row(length, mix)
-                if len(ids) == length + 1:
-                    return ids, weights
+                row = self.recall_row(length, mix)
+                if len(row[0]) == length + 1:
+                    return row
             return self.text_row(length)
         if draw < mix.copying + mix.recall + mix.chat:
             return self.chat_row(length)
@@ -241,14 +267,19 @@ class Source:
     def batch(self, rows: int, length: int, mix: Mixture) -> Batch:
         """``rows`` rows of ``length`` tokens."""
         drawn = [self.row(length, mix) for _ in range(rows)]
-        ids = np.stack([row for row, _ in drawn]).astype(np.int64)
-        weights = np.stack([weight for _, weight in drawn])[:, 1:].ravel()
+        ids = np.stack([row for row, _, _ in drawn]).astype(np.int64)
+        weights = np.stack([weight for _, weight, _ in drawn])[:, 1:].ravel()
         positions = np.flatnonzero(weights)
         kept = weights[positions]
+        targets = np.full((ids[:, 1:].size, 1 + self.ALSO), -1)
+        targets[:, 0] = ids[:, 1:].ravel()
+        for i, (_, _, also) in enumerate(drawn):
+            for at, tokens in also.items():
+                targets[i * length + at - 1, 1 : 1 + len(tokens)] = tokens
         return Batch(
             ids[:, :-1].copy(),
             positions,
-            ids[:, 1:].ravel()[positions],
+            targets[positions],
             kept.astype(np.float32),
             kept == ANSWER_WEIGHT,
         )

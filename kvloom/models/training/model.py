@@ -111,10 +111,14 @@ class TrainLlama(nn.Module):
         return rms(x, self.norm)
 
     def forward(self, ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropies [n] in nats of ``targets`` [n] at flat ``positions`` [n] of ids [batch, length]."""
+        """Cross-entropies [n] in nats at flat ``positions`` [n] of ids [batch, length].
+
+        ``targets`` [n, k]: tokens of which any is right; -1 fills up.
+        """
         picked = self.hidden(ids).flatten(0, 1)[positions]
         logits = F.linear(picked, self.embed)
-        return F.cross_entropy(logits, targets, reduction="none")
+        right = logits.gather(1, targets.clamp_min(0)).masked_fill(targets < 0, -torch.inf)
+        return logits.logsumexp(1) - right.logsumexp(1)
 
     def hf_state(self) -> dict[str, Tensor]:
         """Weights under the names of ``LlamaForCausalLM`` (tied head left out), float32."""

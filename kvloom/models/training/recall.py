@@ -47,14 +47,14 @@ class Fact:
 
     @property
     def quotes(self) -> list[str]:
-        """What each needle says from its key to its value, sorted by value: "cedar is 48213"."""
+        """What each needle says from its key to its value: "cedar is 48213"."""
         key = re.compile(rf"(?<!\w){re.escape(self.key)}(?!\w)")
         found = []
         for needle, value in zip(self.needles, self.values, strict=True):
             place = key.search(needle)
             assert place is not None
-            found.append((value, needle[place.start() : needle.rindex(value) + len(value)]))
-        return [quote for _, quote in sorted(found)]
+            found.append(needle[place.start() : needle.rindex(value) + len(value)])
+        return found
 
 
 @dataclass
@@ -171,8 +171,8 @@ def draw_facts(
 def ask(rng: random.Random, facts: Sequence[Fact], wording: str) -> Question:
     """One question about all the values of one fact, or about several facts with one value each.
 
-    The answer quotes each needle from its key to its value, which a model can do in any wording. Values of one key are
-    sorted as text: which one comes next then depends on the values alone, not on where they stood.
+    The answer quotes each needle from its key to its value, which a model can do in any wording. Values of one key may
+    come in any order.
     """
     book = wordings(wording)
     fact = facts[0]

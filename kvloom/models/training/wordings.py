@@ -175,12 +175,12 @@ TRAIN = Wordings(
         "{ask}what are all the {nouns} {prep} {key}?", "{ask}list all the {nouns} {prep} {key}.",
         "{ask}what are the {nouns} {prep} {key}?",
         "{ask}what are the {count} {nouns} {prep} {key}?",
-        "{ask}list the {count} {nouns} {prep} {key}, sorted.",
+        "{ask}list the {count} {nouns} {prep} {key}.",
         "{ask}give every {noun} {prep} {key}.",
-        "{ask}name all {nouns} {prep} {key} in rising order.",
+        "{ask}name all {nouns} {prep} {key}.",
         "{ask}tell me all the {nouns} mentioned for {key}.", "{ask}which {nouns} does {key} have?",
         "all {nouns} {prep} {key}?",
-        "{ask}repeat the {nouns} {prep} {key}, smallest first.", "{ask}I need every {noun} {prep} {key}.",
+        "{ask}repeat the {nouns} {prep} {key}.", "{ask}I need every {noun} {prep} {key}.",
     ),
     query_questions=(
         "{ask}what are the {nouns} {prep} {key}?", "{ask}list the {nouns} {prep} {key}.",
@@ -237,7 +237,7 @@ HELD_OUT = Wordings(
     value_questions=(
         "{ask}can you find all of the {nouns} {prep} {key}?", "{ask}write out each {noun} {prep} {key}.",
         "{ask}several {nouns} are {prep} {key}; which ones?",
-        "{ask}report the {nouns} {prep} {key}, lowest to highest.",
+        "{ask}report the {nouns} {prep} {key}.",
     ),
     query_questions=(
         "{ask}can you find the {nouns} {prep} {key}?", "{ask}write out the {nouns} {prep} {key}.",

@@ -1,0 +1,113 @@
+"""The compiled kernels: decode attention over whatever a group of heads holds, in one call.
+
+Without the compiled part, or with KVLOOM_KERNELS=torch, `reference` does the same. KVLOOM_ISA picks an instruction set
+("portable", "avx2", "avx512"); without it, the best that the machine has.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["ISA", "ROWS", "Part", "attend", "dense", "packed", "serves"]
+
+
+def _load() -> Any:
+    try:
+        return import_module("kvloom.kernels._native")
+    except ImportError:  # installed where there was no compiler
+        return None
+
+
+_native = _load()
+ISA: str | None = None if _native is None or os.environ.get("KVLOOM_KERNELS") == "torch" else _native.isa
+WHY = "the best that this machine has"
+if _native is None:
+    WHY = "installed without a working C++17 compiler"
+elif ISA is None:
+    WHY = "KVLOOM_KERNELS=torch"
+elif os.environ.get("KVLOOM_ISA"):
+    WHY = f"KVLOOM_ISA={os.environ['KVLOOM_ISA']}"
+if _native is None:
+    logging.getLogger("kvloom").warning(
+        "kvloom was installed without compiled kernels: results are the same, decoding is slower. "
+        "Install a C++17 compiler, then kvloom again; `kvloom doctor` shows what runs."
+    )
+ROWS = 64  # query rows of a KV head that one call takes; a fused kernel of torch is better at more
+_KIND = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+Described = tuple[int, ...]  # a run as `native/module.cpp` reads it: kind, slots, addresses, strides in bytes
+
+
+@dataclass
+class Part:
+    """One class of slots: descriptions of its runs of keys and of values.
+
+    logw [h or 1, n] fp32 is added to the logits; scores [h, R, n] fp32 takes them. `kept`: tensors that the descriptions
+    point into and nobody else holds.
+    """
+
+    n: int
+    keys: list[Described] = field(default_factory=list)
+    values: list[Described] = field(default_factory=list)
+    logw: Tensor | None = None
+    scores: Tensor | None = None
+    kept: list[Tensor] = field(default_factory=list)
+
+
+def serves(q: Tensor, value_dim: int) -> bool:
+    """Whether the compiled kernels take queries [..., D] like these, for values of that many channels."""
+    return (
+        ISA is not None
+        and q.device.type == "cpu"
+        and q.dtype in _KIND
+        and q.shape[-1] % 8 == value_dim % 8 == 0
+        and max(q.shape[-1], value_dim) <= _native.max_dim
+        and not (q.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def dense(x: Tensor, q: Tensor | None = None) -> Described | None:
+    """Describes a dense run x [h, n, D]; q [h, R, D] fp32, contiguous: its queries, if it holds keys."""
+    h, n, dim = x.shape
+    if x.dtype not in _KIND or x.stride(2) != 1 or (n > 1 and x.stride(1) != dim):
+        return None
+    return _KIND[x.dtype], n, x.data_ptr(), x.stride(0) * x.itemsize, 0 if q is None else q.data_ptr()
+
+
+def packed(
+    along: str, bits: int, group: int, codes: Tensor, scale: Tensor, zero: Tensor, q: Tensor | None = None
+) -> Described | None:
+    """Describes a run of packed codes and its scales and zeros, laid out as in `segments.minmax`."""
+    if scale.dtype not in _KIND or any(not x[0].is_contiguous() for x in (codes, scale, zero)):
+        return None
+    tokens = along == "tokens"
+    return (
+        3 if tokens else 4, codes.shape[1] * (group if tokens else 1), codes.data_ptr(), codes.stride(0),
+        0 if q is None else q.data_ptr(), bits, group, scale.data_ptr(), scale.stride(0) * scale.itemsize,
+        zero.data_ptr(), zero.stride(0) * zero.itemsize, _KIND[scale.dtype],
+    )  # fmt: skip
+
+
+def attend(
+    h: int, rows: int, dim: int, value_dim: int, parts: list[Part], scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of R query rows of each of h heads over all parts: out [h, R, Dv] and log-sum-exp [h, R], fp32.
+
+    Splits of 512 slots are shared out to as many threads as torch uses; the result is the same bits for any number.
+    """
+    out, lse = torch.empty(h, rows, value_dim), torch.empty(h, rows)
+    segments = []
+    for part in parts:
+        logw = (0, 0)
+        if part.logw is not None:
+            logw = (part.logw.data_ptr(), part.logw.stride(0) if part.logw.shape[0] > 1 else 0)
+        segments.append((part.n, *logw, 0 if part.scores is None else part.scores.data_ptr(), part.keys, part.values))
+    job = (h, rows, dim, value_dim, scale, softcap or 0.0, out.data_ptr(), lse.data_ptr(), segments)
+    _native.attend([job], torch.get_num_threads())
+    return out, lse

@@ -1,0 +1,145 @@
+// Python's side: reads what `kvloom/kernels/native.py` describes, picks an instruction set, shares out splits.
+#include <nanobind/nanobind.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "job.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+
+namespace kvloom {
+
+namespace {
+
+constexpr double WORTH = 1e6;  // multiply-adds: below, waking another thread takes longer than the work
+
+const Kernels *best() {
+    const char *asked = std::getenv("KVLOOM_ISA");
+    const std::string name = asked ? asked : "";
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool has2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool has512 = has2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (has512 && (name.empty() || name == "avx512")) return &avx512;
+    if (has2 && (name.empty() || name == "avx2" || name == "avx512")) return &avx2;
+#endif
+    return &portable;
+}
+
+const Kernels *kernels() {
+    static const Kernels *found = best();
+    return found;
+}
+
+void check(PyObject *t, Py_ssize_t least) {
+    if (!PyTuple_CheckExact(t) || PyTuple_GET_SIZE(t) < least) throw nb::type_error("a description of another form");
+}
+
+int64_t number(PyObject *tuple, int i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i)); }
+
+template <class T>
+T *pointer(PyObject *tuple, int i) {
+    return reinterpret_cast<T *>(number(tuple, i));
+}
+
+Run run_of(PyObject *t) {
+    check(t, 5);
+    Run run;
+    run.kind = Kind(number(t, 0)), run.n = number(t, 1);
+    run.data = pointer<const uint8_t>(t, 2), run.head = number(t, 3);
+    run.q = pointer<const float>(t, 4);
+    if (run.kind >= TOKENS) {
+        check(t, 12);
+        run.bits = int(number(t, 5)), run.group = int(number(t, 6));
+        run.scale = pointer<const uint8_t>(t, 7), run.scale_head = number(t, 8);
+        run.zero = pointer<const uint8_t>(t, 9), run.zero_head = number(t, 10);
+        run.small = Kind(number(t, 11));
+    }
+    return run;
+}
+
+Job job_of(PyObject *t) {
+    check(t, 9);
+    Job job{int(number(t, 0)), int(number(t, 1)), int(number(t, 2)), int(number(t, 3)),
+            float(PyFloat_AsDouble(PyTuple_GET_ITEM(t, 4))), float(PyFloat_AsDouble(PyTuple_GET_ITEM(t, 5))),
+            pointer<float>(t, 6), pointer<float>(t, 7), {}};
+    PyObject *segments = PyTuple_GET_ITEM(t, 8);
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(segments); i++) {
+        PyObject *s = PyList_GET_ITEM(segments, i);
+        check(s, 6);
+        Segment segment{number(s, 0), pointer<const float>(s, 1), number(s, 2), pointer<float>(s, 3), {}, {}};
+        PyObject *keys = PyTuple_GET_ITEM(s, 4), *values = PyTuple_GET_ITEM(s, 5);
+        for (Py_ssize_t j = 0; j < PyList_GET_SIZE(keys); j++) segment.keys.push_back(run_of(PyList_GET_ITEM(keys, j)));
+        for (Py_ssize_t j = 0; j < PyList_GET_SIZE(values); j++)
+            segment.values.push_back(run_of(PyList_GET_ITEM(values, j)));
+        job.segments.push_back(std::move(segment));
+    }
+    return job;
+}
+
+struct Item {
+    int job, segment, head;
+    int64_t start, stop;
+};
+
+// Splits depend on the segments alone and are merged in their order: the same bits for any number of threads and any batch.
+void attend(const std::vector<Job> &jobs, int threads) {
+    std::vector<Item> items;
+    std::vector<size_t> first;  // of every head of every job
+    double work = 0;
+    size_t floats = 0;
+    for (int j = 0; j < int(jobs.size()); j++)
+        for (int head = 0; head < jobs[j].h; head++) {
+            first.push_back(items.size());
+            for (int s = 0; s < int(jobs[j].segments.size()); s++)
+                for (int64_t at = 0, n = jobs[j].segments[s].n; at < n; at += SPLIT) {
+                    items.push_back({j, s, head, at, at + SPLIT < n ? at + SPLIT : n});
+                    floats += size_t(jobs[j].rows) * (jobs[j].value_dim + 2);
+                    work += double(items.back().stop - at) * jobs[j].rows * (jobs[j].dim + jobs[j].value_dim);
+                }
+        }
+    first.push_back(items.size());
+    std::vector<float> room(floats);
+    std::vector<Partial> parts(items.size());
+    float *at = room.data();
+    for (size_t i = 0; i < items.size(); i++) {
+        const Job &job = jobs[items[i].job];
+        parts[i] = {at, at + job.rows * job.value_dim, at + job.rows * (job.value_dim + 1)};
+        at += job.rows * (job.value_dim + 2);
+    }
+    const Kernels *k = kernels();
+    Pool::get().run(int(items.size()), work > WORTH ? threads : 1, [&](int i) {
+        const Item &item = items[i];
+        const Job &job = jobs[item.job];
+        k->attend(job, job.segments[item.segment], item.head, item.start, item.stop, parts[i]);
+    });
+    size_t n = 0;
+    for (const Job &job : jobs)
+        for (int head = 0; head < job.h; head++, n++)
+            k->merge(job, head, parts.data() + first[n], int(first[n + 1] - first[n]));
+}
+
+}  // namespace
+
+}  // namespace kvloom
+
+NB_MODULE(_native, m) {
+    using namespace kvloom;
+    m.attr("isa") = kernels()->name;
+    m.attr("max_dim") = MAX_DIM;
+    m.attr("version") = 1;
+    m.def(
+        "attend",
+        [](nb::list described, int threads) {
+            std::vector<Job> jobs;
+            for (Py_ssize_t i = 0; i < PyList_GET_SIZE(described.ptr()); i++)
+                jobs.push_back(job_of(PyList_GET_ITEM(described.ptr(), i)));
+            if (PyErr_Occurred()) throw nb::python_error();
+            nb::gil_scoped_release release;
+            attend(jobs, threads);
+        },
+        nb::arg("jobs"), nb::arg("threads"));
+}

@@ -1,0 +1,141 @@
+// Vectors of W floats, in the vector types that GCC and Clang share. Included once per instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#else
+constexpr int W = 8;  // two registers of 4 on machines that have no wider ones
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint16_t vh __attribute__((vector_size(W * 2), aligned(2), may_alias));
+typedef uint8_t vb __attribute__((vector_size(W), aligned(1), may_alias));
+
+inline vf splat(float x) { return x - vf{}; }
+inline vf load(const float *p) { return *reinterpret_cast<const vf *>(p); }
+inline void store(float *p, vf x) { *reinterpret_cast<vf *>(p) = x; }
+
+// W bytes, or W 16-bit numbers, widened to 32 bits. Left to themselves, compilers do this one lane at a time.
+inline vi bytes(const uint8_t *p) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)));
+#else
+    return __builtin_convertvector(*reinterpret_cast<const vb *>(p), vi);
+#endif
+}
+inline vu halves(const uint16_t *p) {
+#if defined(__AVX512F__)
+    return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+#elif defined(__AVX2__)
+    return (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+#else
+    return __builtin_convertvector(*reinterpret_cast<const vh *>(p), vu);
+#endif
+}
+inline vf floats(vi x) { return __builtin_convertvector(x, vf); }
+
+struct F32 { float x; };
+struct F16 { uint16_t x; };
+struct BF16 { uint16_t x; };
+
+inline float scalar(const float *p) { return *p; }
+inline float scalar(const F32 *p) { return p->x; }
+inline float scalar(const BF16 *p) {
+    uint32_t bits = uint32_t(p->x) << 16;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+}
+inline float scalar(const F16 *p) {  // any half, subnormals and infinities included, by one exact product
+    uint32_t sign = uint32_t(p->x & 0x8000) << 16, rest = uint32_t(p->x & 0x7fff) << 13;
+    float out;
+    memcpy(&out, &rest, 4);
+    out *= 0x1p112f;
+    if ((p->x & 0x7c00) == 0x7c00) {
+        rest |= 0x7f800000;
+        memcpy(&out, &rest, 4);
+    }
+    memcpy(&rest, &out, 4);
+    rest |= sign;
+    memcpy(&out, &rest, 4);
+    return out;
+}
+
+inline vf load(const F32 *p) { return load(reinterpret_cast<const float *>(p)); }
+inline vf load(const BF16 *p) {
+    vu bits = halves(&p->x) << 16;
+    return reinterpret_cast<vf &>(bits);
+}
+inline vf load(const F16 *p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+#elif defined(__F16C__)
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+#else
+    vf out;
+    for (int i = 0; i < W; i++) out[i] = scalar(p + i);
+    return out;
+#endif
+}
+
+typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
+
+inline float sum(vf x) {
+    float lanes[W];
+    store(lanes, x);
+    v4 four = *reinterpret_cast<const v4 *>(lanes);
+    for (int i = 4; i < W; i += 4) four += *reinterpret_cast<const v4 *>(lanes + i);
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+
+// e ** x for x <= 0 (and a little above): 2 ** n by the exponent's bits, 2 ** f by a polynomial; relative error 2e-7.
+inline vf exp(vf x) {
+    vf t = x * 1.44269504f;
+    t = select(t < -126.0f, splat(-126.0f), t);
+    vi n = __builtin_convertvector(t - 0.5f, vi);  // towards zero: for t <= 0 the nearest whole number
+    vf f = t - floats(n);
+    vf p = splat(1.535336188e-4f);
+    p = p * f + 1.339887440e-3f;
+    p = p * f + 9.618437357e-3f;
+    p = p * f + 5.550332471e-2f;
+    p = p * f + 2.402264791e-1f;
+    p = p * f + 6.931472028e-1f;
+    p = p * f + 1.0f;
+    vi bits = (n + 127) << 23;
+    vf out = p * reinterpret_cast<vf &>(bits);
+    return select(x < -87.0f, splat(0.0f), out);
+}
+
+// Room that a thread keeps. No std::vector: its functions, compiled for one instruction set, could be linked into another.
+template <class T>
+struct Scratch {
+    T *data = nullptr;
+    size_t size = 0;
+    ~Scratch() { free(data); }
+    T *room(size_t n) {
+        if (n > size) {
+            free(data);
+            data = static_cast<T *>(malloc((n + 64) * sizeof(T)));
+            if (!data) abort();
+            size = n;
+        }
+        return data;
+    }
+};
+
+}  // namespace

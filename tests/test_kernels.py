@@ -1,0 +1,161 @@
+"""The compiled kernels against plain torch in float64, and a layer with them against the same layer without."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvloom.core.attention import Logits
+from kvloom.core.codec import Codec, Exact
+from kvloom.core.layer import Layer
+from kvloom.core.registry import parse
+from kvloom.core.site import Site
+from kvloom.kernels import native
+from kvloom.segments.balance import Balance
+from kvloom.segments.minmax import MinMax
+
+pytestmark = pytest.mark.skipif(native.ISA is None, reason="installed without compiled kernels")
+DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+
+
+def packed(along: str) -> st.SearchStrategy[Codec]:
+    return st.builds(MinMax, st.sampled_from([1, 2, 3, 4, 8]), st.sampled_from([8, 16, 24, 32, 64]), st.just(along))
+
+
+CODECS = st.one_of(st.builds(Exact), packed("tokens"), packed("channels"), st.builds(Balance, packed("tokens")))
+
+
+def make_part(
+    keys: list[tuple[Codec, torch.Tensor]], values: list[tuple[Codec, torch.Tensor]], q: torch.Tensor
+) -> tuple[native.Part, torch.Tensor, torch.Tensor]:
+    """A part of these runs, and its keys and values as the codecs read them back, [h, n, D] fp64."""
+    part = native.Part(sum(x.shape[1] for _, x in keys), kept=[q])
+    decoded: list[torch.Tensor] = []
+    for runs, into, queries in ((keys, part.keys, q), (values, part.values, None)):
+        read = []
+        for codec, x in runs:
+            const = {"balance": torch.rand(x.shape[0], x.shape[2]) + 0.5}
+            block = {name: y.contiguous() for name, y in codec.encode(x, const).items()}
+            part.kept += [*block.values(), *const.values()]
+            described = codec.describe(block, const, queries, part.kept)
+            assert described is not None
+            into.append(described)
+            read.append(codec.decode(block, const).double())
+        decoded.append(torch.cat(read, 1))
+    return part, decoded[0], decoded[1]
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    data=st.data(), h=st.integers(1, 3), rows=st.integers(1, 17), dim=st.sampled_from([8, 24, 64, 72, 80, 128]),
+    value_dim=st.sampled_from([8, 40, 64, 96, 128]), softcap=st.sampled_from([None, None, 20.0]), weigh=st.booleans(),
+    seed=st.integers(0, 2**32),
+)  # fmt: skip
+def test_against_float64(
+    data: st.DataObject, h: int, rows: int, dim: int, value_dim: int, softcap: float | None, weigh: bool, seed: int
+) -> None:
+    """Any cut of the planes into runs, any codec, dtype, group and number of rows; scores and log-weights too."""
+    generator = torch.Generator().manual_seed(seed)
+    units = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
+    dtype = data.draw(DTYPES)
+
+    def runs(width: int, codecs: st.SearchStrategy[Codec], size: float) -> list[tuple[Codec, torch.Tensor]]:
+        found = []
+        for a, b in pairwise([0, *torch.tensor(units).cumsum(0).tolist()]):
+            codec = data.draw(codecs)
+            if isinstance(codec, MinMax) and codec.along == "channels" and width % (codec.group or width):
+                codec = MinMax(codec.bits, 8, "channels")
+            x = torch.randn(h, (b - a) * 192, width, generator=generator) * size
+            found.append((codec, x.to(dtype)))
+        return found
+
+    keys, values = runs(dim, CODECS, 3.0), runs(value_dim, CODECS.filter(lambda c: not isinstance(c, Balance)), 1.0)
+    q = torch.randn(h, rows, dim, generator=generator)
+    part, k, v = make_part(keys, values, q)
+    part.scores = torch.empty(h, rows, part.n)
+    if weigh:
+        part.logw = torch.randn(h, part.n, generator=generator)
+        part.logw[:, ::5] = -torch.inf
+    scale = dim**-0.5
+    out, lse = native.attend(h, rows, dim, value_dim, [part], scale, softcap)
+    s = q.double() * scale @ k.transpose(1, 2)
+    s = s if softcap is None else softcap * torch.tanh(s / softcap)
+    s = s if part.logw is None else s + part.logw[:, None].double()
+    assert torch.allclose(part.scores.double(), s, atol=2e-4, rtol=1e-5)
+    assert torch.allclose(lse.double(), s.logsumexp(-1), atol=1e-4)
+    expected = s.softmax(-1) @ v
+    assert float((out - expected).norm() / expected.norm()) < 2e-5 * max(1.0, float(s.abs().nan_to_num(0, 0, 0).max()))
+
+
+def test_extremes() -> None:
+    """Logits far apart, slots that are all hidden, huge and tiny numbers: no NaN, and what softmax gives."""
+    q, k, v = torch.zeros(1, 2, 64), torch.zeros(1, 700, 64), torch.randn(1, 700, 64)
+    q[0, 0, 0], k[0, 13, 0], k[0, 600, 0] = 1e4, 1e4, -1e4
+    part, _, _ = make_part([(Exact(), k)], [(Exact(), v)], q)
+    out, lse = native.attend(1, 2, 64, 64, [part], 1.0, None)
+    assert torch.equal(out[0, 0], v[0, 13]) and lse[0, 0] == 1e8
+    assert torch.allclose(out[0, 1], v[0].mean(0), atol=1e-6)
+    part.logw = torch.full((1, 700), -torch.inf)
+    out, lse = native.attend(1, 2, 64, 64, [part], 1.0, None)
+    assert not out.any() and (lse == -torch.inf).all()
+    out, lse = native.attend(1, 2, 64, 64, [], 1.0, None)
+    assert not out.any() and (lse == -torch.inf).all()
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    q = torch.randn(4, 4, 64)
+    codec = MinMax(4, 32, "tokens")
+    part, _, _ = make_part(
+        [(codec, torch.randn(4, 4096, 64)), (Exact(), torch.randn(4, 33, 64))],
+        [(MinMax(4, 32, "channels"), torch.randn(4, 4000, 64)), (Exact(), torch.randn(4, 129, 64))], q,
+    )  # fmt: skip
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            found += [native.attend(4, 4, 64, 64, [part], 0.125, None) for _ in range(5)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(out, found[0][0]) and torch.equal(lse, found[0][1]) for out, lse in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "recipe", ["full", "streamingllm(sinks=2, window=40)", "h2o(budget=64)", "snapkv(budget=64, window=8) | kivi", "mikv",
+               "kivi(bits=2)", "kivi(bits=3, group=64, residual=64)"],
+)  # fmt: skip
+def test_a_layer_with_and_without(recipe: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompt, single tokens and a few rows at once: the layer decodes the same on torch alone."""
+    torch.manual_seed(0)
+    found = parse(recipe)
+    site = Site(0, 1, 8, 2, 64, 64, dtype, lambda: None)
+    layers = [Layer(site, found.bind([site])) for _ in range(2)]
+    assert native.ISA is not None
+    for m in (300, *[1] * 40, 5, *[1] * 30):
+        q, k, v = (torch.randn(h, m, 64).to(dtype) for h in (8, 2, 2))
+        outs = []
+        for layer, isa in zip(layers, (native.ISA, None), strict=True):
+            monkeypatch.setattr(native, "ISA", isa)
+            outs.append(layer.forward(q, k, v, Logits(0.125), None, None).float())
+        assert torch.allclose(outs[0], outs[1], atol=2e-5 if dtype == torch.float32 else 1e-2), recipe
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_other_instruction_sets(isa: str) -> None:
+    """The kernels of smaller machines pass the same tests."""
+    if isa == native.ISA or os.environ.get("KVLOOM_ISA"):
+        pytest.skip("this is what the other tests ran on")
+    env = {**os.environ, "KVLOOM_ISA": isa}
+    asked = [sys.executable, "-c", "from kvloom.kernels import native; print(native.ISA)"]
+    if subprocess.run(asked, env=env, capture_output=True, text=True, check=True).stdout.strip() != isa:
+        pytest.skip(f"this machine has no {isa}")
+    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__], env=env)
+    assert ran.returncode == 0
