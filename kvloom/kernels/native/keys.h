@@ -24,10 +24,11 @@ void dense_dot(const float *q, const T *k, int64_t n, int D, float *s, int strid
                 b[r] += w * y;
             }
         }
+        float x[R], y[R];
+        sums<R>(a, x), sums<R>(b, y);
         for (int r = 0; r < R; r++) {
-            float x = sum(a[r]), y = sum(b[r]);
-            for (int d = whole; d < D; d++) x += q[r * D + d] * scalar(k0 + d), y += q[r * D + d] * scalar(k1 + d);
-            s[r * stride + t] = x, s[r * stride + t + 1] = y;
+            for (int d = whole; d < D; d++) x[r] += q[r * D + d] * scalar(k0 + d), y[r] += q[r * D + d] * scalar(k1 + d);
+            s[r * stride + t] = x[r], s[r * stride + t + 1] = y[r];
         }
     }
     if (t < n)

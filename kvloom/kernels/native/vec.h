@@ -101,6 +101,28 @@ inline float sum(vf x) {
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
+// The sums of R vectors. Four at a time where the machine adds neighbours: a third of the work of one by one.
+template <int R>
+void sums(const vf *x, float *out) {
+#if defined(__AVX2__)
+    if (R == 4) {
+        __m256 half[4];
+        for (int i = 0; i < 4; i++) {
+#if defined(__AVX512F__)
+            const __m512 whole = (__m512)x[i];
+            half[i] = _mm256_add_ps(_mm512_castps512_ps256(whole), _mm512_extractf32x8_ps(whole, 1));
+#else
+            half[i] = (__m256)x[i];
+#endif
+        }
+        const __m256 four = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
+        return;
+    }
+#endif
+    for (int i = 0; i < R; i++) out[i] = sum(x[i]);
+}
+
 inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 
 // e ** x for x <= 0 (and a little above): 2 ** n by the exponent's bits, 2 ** f by a polynomial; relative error 2e-7.
