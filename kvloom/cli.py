@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -81,12 +82,17 @@ def _show(rows: Sequence[Any], model: str, out: Path | None, as_json: bool, titl
         about = {"model": model, "page": None if out is None else str(out), "versions": page.versions()}
         _print_json(about | {"recipes": [row.to_dict() for row in rows]})
         return
-    table = Table(title=f"{model}, {rows[0].tokens:,} tokens of prompt")
-    for i, head in enumerate(page.HEADS):
-        table.add_column(head, justify="left" if i == 0 else "right", no_wrap=i > 0)
-    for row in rows:
-        table.add_row(*page.cells(row))
     console = Console()
+    # In 80 columns numbers stay whole, heads and names wrap, and the room for growth is left out.
+    table = Table(title=f"{model}, {rows[0].tokens:,} tokens of prompt", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    cells = [page.cells(row) for row in rows]
+    shown = [i for i, head in enumerate(page.HEADS) if console.width >= 100 or head != "with room"]
+    for i in shown:
+        width = max(len(row[i]) for row in cells)
+        head = page.HEADS[i].replace(" ", "\n")
+        table.add_column(head, justify="right" if i else "left", overflow="fold", min_width=width if i else 18)
+    for row in cells:
+        table.add_row(*(row[i] for i in shown))
     console.print(table)
     for row in rows:
         console.print(f"[bold]{row.recipe}[/bold]", highlight=False)

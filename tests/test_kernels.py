@@ -127,6 +127,34 @@ def test_same_bits_for_any_number_of_threads() -> None:
     assert all(torch.equal(out, found[0][0]) and torch.equal(lse, found[0][1]) for out, lse in found)
 
 
+def test_callers_at_once_and_after_a_fork() -> None:
+    """Several Python threads share the pool, and a forked process makes its own."""
+    script = """
+import os, threading, torch
+from kvloom.kernels import native
+q, k, v = torch.randn(4, 4, 64), torch.randn(4, 9000, 64), torch.randn(4, 9000, 64)
+part = native.Part(9000, [native.dense(k, q)], [native.dense(v)])
+torch.set_num_threads(3)
+want, _ = native.attend(4, 4, 64, 64, [part], 0.125, None)
+wrong = []
+def work():
+    for _ in range(40):
+        out, _ = native.attend(4, 4, 64, 64, [part], 0.125, None)
+        if not torch.equal(out, want):
+            wrong.append(1)
+threads = [threading.Thread(target=work) for _ in range(4)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+child = os.fork()
+if child == 0:
+    out, _ = native.attend(4, 4, 64, 64, [part], 0.125, None)
+    os._exit(0 if torch.equal(out, want) else 3)
+assert os.waitpid(child, 0)[1] == 0 and not wrong
+"""
+    ran = subprocess.run([sys.executable, "-c", script], timeout=120, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "recipe", ["full", "streamingllm(sinks=2, window=40)", "h2o(budget=64)", "snapkv(budget=64, window=8) | kivi", "mikv",
