@@ -181,7 +181,7 @@ class Segment:
         self.value = _Plane(kind.value, kind.value_tail, "value")
         self.cols: dict[str, Buffer] = {}
         self.n, self.start = 0, 0
-        self._late = 0  # newest slots that the index column does not have yet: they follow `_next - _late`
+        self._late = 0  # newest slots that the index column does not have yet: consecutive, the last before `_next`
         self._next = 0
 
     @property
@@ -224,7 +224,7 @@ class Segment:
             rows = self._folded(rows)
             m = 1
         self._place(rows)
-        for name in (self.cols.keys() | rows.cols.keys()) - {"index"} if len(self.cols) + len(rows.cols) else ():
+        for name in (self.cols.keys() | rows.cols.keys()) - {"index"}:
             if name not in self.cols:
                 self._column(name, rows.cols[name].new_zeros((rows.cols[name].shape[0], self.n)))
             self._extend(name, rows.cols.get(name, self.cols[name].data.new_zeros((1, m))))

@@ -28,13 +28,12 @@ def _load() -> Any:
 _native = _load()
 ISA: str | None = None if _native is None or os.environ.get("KVLOOM_KERNELS") == "torch" else _native.isa
 WHY = "the best that this machine has"
-if _native is None:
-    WHY = "installed without a working C++17 compiler"
-elif ISA is None:
+if ISA is None:
     WHY = "KVLOOM_KERNELS=torch"
 elif os.environ.get("KVLOOM_ISA"):
     WHY = f"KVLOOM_ISA={os.environ['KVLOOM_ISA']}"
 if _native is None:
+    WHY = "installed without a working C++17 compiler"
     logging.getLogger("kvloom").warning(
         "kvloom was installed without compiled kernels: results are the same, decoding is slower. "
         "Install a C++17 compiler, then kvloom again; `kvloom doctor` shows what runs."
