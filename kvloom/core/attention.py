@@ -18,7 +18,7 @@ from kvloom.core.rope import Rope
 from kvloom.core.segment import SMALL, Segment
 from kvloom.kernels import native, reference
 
-__all__ = ["Logits", "Visible", "as_bias", "attend", "segment_logits"]
+__all__ = ["Logits", "Visible", "as_bias", "attend", "many_rows", "received", "segment_logits"]
 
 # (text index [h, n] or [1, n], heads of the group) -> [h or 1, g or 1, m, n]: bool (may row see slot) or added to the logits
 Visible = Callable[[Tensor, Group], Tensor]
@@ -35,6 +35,24 @@ class Logits:
 
     def cap(self, s: Tensor) -> Tensor:
         return s if self.softcap is None else s.div_(self.softcap).tanh_().mul_(self.softcap)
+
+
+def many_rows(
+    q: Tensor, k: Tensor, v: Tensor, logits: Logits, causal: bool = False, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of q [Hq, m, D] over dense keys [h, n, D] and values, by whatever does it fastest; see `reference.dense`."""
+    if bias is None and native.fits(q, k, v):
+        return native.prefill(q, k, v, logits.scale, causal, logits.softcap)
+    if logits.softcap is None:
+        return reference.dense(q, k, v, logits.scale, causal, bias)
+    return reference.blocked(q, k, v, logits.scale, causal, bias, logits.softcap)
+
+
+def received(q: Tensor, k: Tensor, lse: Tensor, logits: Logits, past: int) -> Tensor:
+    """Attention that every slot receives from all rows of q [Hq, m, D], summed: [Hq, n] fp32; see `reference.observe`."""
+    if native.fits(q, k):
+        return native.observe(q, k, lse, logits.scale, past, logits.softcap)
+    return reference.observe(q, k, lse, logits.scale, past, logits.softcap)
 
 
 def turned(q: Tensor, group: Group, segment: Segment, logits: Logits, length: int) -> Tensor:
@@ -105,9 +123,8 @@ def _attend_segment(
     n, coded = segment.n, segment.frozen
     if q.shape[1] > MANY:
         k, v = segment.key.dense(0, n).to(q.dtype), segment.value.dense(0, n).to(q.dtype)
-        plain = logits.softcap is None and (bias is None or bias.shape[1] == 1)
-        if plain:
-            return [reference.dense(q, k, v, logits.scale, bias=bias)], None
+        if bias is None or (logits.softcap is None and bias.shape[1] == 1):
+            return [many_rows(q, k, v, logits, bias=bias)], None
         return [reference.blocked(q, k, v, logits.scale, False, bias, logits.softcap)], None
     parts: list[tuple[Tensor, Tensor]] = []
     by_hand = emit or logits.softcap is not None or bias is not None or (0 < n - coded <= SMALL and coded > 0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvloom.core import settle
-from kvloom.core.attention import Logits, Visible, as_bias, attend
+from kvloom.core.attention import Logits, Visible, as_bias, attend, many_rows
 from kvloom.core.group import Group
 from kvloom.core.recipe import Phase, Recipe
 from kvloom.core.rows import Rows
@@ -153,14 +153,12 @@ class Layer:
 
     def _itself(self, q: Tensor, rows: Rows, logits: Logits, visible: Visible | None) -> tuple[Tensor, Tensor]:
         """Attention of the new rows among themselves."""
-        if visible is None and logits.softcap is None:
-            return reference.dense(q, rows.k, rows.v, logits.scale, causal=True)
-        bias = None
-        if visible is not None:
-            g, m = self.site.group, q.shape[1]
-            bias = as_bias(visible(rows.where, Group({})), g)  # [h or 1, g * m, n]
-            bias = bias.unflatten(1, (g, m)).expand(rows.k.shape[0], -1, -1, -1).flatten(0, 1)
-        return reference.blocked(q, rows.k, rows.v, logits.scale, visible is None, bias, logits.softcap)
+        if visible is None:
+            return many_rows(q, rows.k, rows.v, logits, causal=True)
+        g, m = self.site.group, q.shape[1]
+        bias = as_bias(visible(rows.where, Group({})), g)  # [h or 1, g * m, n]
+        bias = bias.unflatten(1, (g, m)).expand(rows.k.shape[0], -1, -1, -1).flatten(0, 1)
+        return reference.blocked(q, rows.k, rows.v, logits.scale, False, bias, logits.softcap)
 
     def _gather(self, parts: list[Tensor]) -> Tensor:
         """Results by group -> [H, ...] in the layer's order of heads."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvloom.core.attention import Logits, segment_logits
+from kvloom.core.attention import Logits, received, segment_logits
 from kvloom.core.group import Group, Table
 from kvloom.core.recipe import Phase
 from kvloom.core.segment import Segment
@@ -17,7 +16,7 @@ from kvloom.kernels import reference
 
 __all__ = ["Step"]
 
-TILE = 1 << 18  # logits computed at a time where attention is summed: 1 MiB of fp32, which a core's cache still holds
+CHUNK = 1 << 20  # numbers of decoded keys at a time
 
 
 @dataclass
@@ -65,23 +64,14 @@ class Step:
         return torch.cat([self._mass(name, segment) for name, segment in table.parts], -1)
 
     def _mass(self, name: str, segment: Segment) -> Tensor:
-        h, g, m, _ = self.q.shape
+        h, g, m, dim = self.q.shape
         past = segment.n - (m if name == "main" else 0)  # the new rows are the last slots of main, all others are older
-        q = self.q.float() * self.logits.scale
-        out = q.new_zeros((h, g, segment.n))
-        rows = min(m, max(64, math.isqrt(TILE // (h * g))))
-        cols = max(64, TILE // (h * g * max(1, rows)))
-        for c in range(0, segment.n if m else 0, cols):
-            d = min(c + cols, segment.n)
-            keys = segment.key.dense(c, d).float().transpose(1, 2)
-            for at in range(max(0, c - past), m, rows):
-                stop = min(at + rows, m)
-                s = torch.matmul(q[:, :, at:stop].flatten(1, 2), keys).unflatten(1, (g, -1))
-                s = reference.exp_(self.logits.cap(s).sub_(self.lse[:, :, at:stop, None]))
-                if d - past > at + 1:
-                    place = torch.arange(c - past, d - past, device=s.device)
-                    s.masked_fill_(place > torch.arange(at, stop, device=s.device)[:, None], 0.0)
-                out[:, :, c:d] += s.sum(2)
+        q, lse = self.q.flatten(0, 1), self.lse.flatten(0, 1)
+        parts, each = [], max(64, CHUNK // (h * dim))
+        for start in range(0, segment.n, each):
+            keys = segment.key.dense(start, min(start + each, segment.n)).to(q.dtype)
+            parts.append(received(q, keys, lse, self.logits, past - start))
+        out = torch.cat(parts, -1).view(h, g, -1)
         logw = segment.column("logw")
         return out if logw is None else out * logw.exp()[:, None]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ISA", "ROWS", "Part", "attend", "dense", "packed", "serves"]
+__all__ = ["ISA", "ROWS", "Part", "attend", "dense", "encode", "fits", "observe", "packed", "prefill", "serves"]
 
 
 def _load() -> Any:
@@ -110,3 +110,70 @@ def attend(
     job = (h, rows, dim, value_dim, scale, softcap or 0.0, out.data_ptr(), lse.data_ptr(), segments)
     _native.attend([job], torch.get_num_threads())
     return out, lse
+
+
+def _matrix(x: Tensor) -> tuple[int, int, int, int]:
+    """x [h, n, D] with contiguous rows, for `many_rows`."""
+    return _KIND[x.dtype], x.data_ptr(), x.stride(0) * x.itemsize, x.stride(1) * x.itemsize
+
+
+def fits(q: Tensor, *others: Tensor) -> bool:
+    """Whether `prefill` and `observe` take queries, keys and values like these: one dtype, contiguous rows."""
+    graph = torch.is_grad_enabled()
+    return serves(q, others[-1].shape[-1]) and all(
+        x.dtype == q.dtype and x.stride(-1) == 1 and not (graph and x.requires_grad) for x in (q, *others)
+    )
+
+
+def prefill(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """`reference.dense` without a bias: out [Hq, m, Dv] in q's dtype and lse [Hq, m] in fp32.
+
+    Keys are gone over in blocks, with one softmax as they come; the result is the same bits for any number of threads.
+    """
+    (heads, m, dim), (h, n, value_dim) = q.shape, v.shape
+    out, lse = q.new_empty(heads, m, value_dim), torch.empty(heads, m)
+    _native.many_rows(
+        (h, heads // h, dim, value_dim, m, n, 0, causal, scale, softcap or 0.0, _matrix(q), _matrix(k), _matrix(v),
+         out.data_ptr(), lse.data_ptr(), 0),
+        False, torch.get_num_threads(),
+    )  # fmt: skip
+    return out, lse
+
+
+def observe(q: Tensor, k: Tensor, lse: Tensor, scale: float, past: int, softcap: float | None = None) -> Tensor:
+    """Attention that every slot receives from all rows, summed: [Hq, n] fp32.
+
+    q [Hq, m, D], k [h, n, D], lse [Hq, m] fp32. Row i sees the slots up to `past` + i.
+    """
+    (heads, m, dim), (h, n, _) = q.shape, k.shape
+    mass, lse = torch.empty(heads, n), lse.contiguous()
+    _native.many_rows(
+        (h, heads // h, dim, dim, m, n, past, True, scale, softcap or 0.0, _matrix(q), _matrix(k), _matrix(k),
+         0, lse.data_ptr(), mass.data_ptr()),
+        True, torch.get_num_threads(),
+    )  # fmt: skip
+    return mass
+
+
+def encode(x: Tensor, along: str, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Packed codes, scales and minima of x [h, n, D], as `segments.minmax` defines them; None where x is not served."""
+    h, n, dim = x.shape
+    kind = _KIND.get(x.dtype)
+    if ISA is None or kind is None or x.device.type != "cpu" or x.stride(2) != 1 or dim % 8 or not h * n * dim:
+        return None
+    if max(dim, group) > _native.max_dim:
+        return None
+    small = x.dtype if x.dtype.itemsize == 2 else torch.float16
+    shape = (h, n // group, dim) if along == "tokens" else (h, n, dim // group)
+    codes = torch.empty(
+        (h, n // group, dim, group * bits // 8) if along == "tokens" else (h, n, dim * bits // 8), dtype=torch.uint8
+    )
+    scale, zero = torch.empty(shape, dtype=small), torch.empty(shape, dtype=small)
+    _native.encode(
+        (h, dim, bits, group, n, along == "tokens", _KIND[small], _matrix(x), codes.data_ptr(), scale.data_ptr(),
+         zero.data_ptr()),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return codes, scale, zero

@@ -8,11 +8,12 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["blocked", "dense", "exp_", "finish", "logits", "merge", "mix"]
+__all__ = ["blocked", "dense", "exp_", "finish", "logits", "merge", "mix", "observe"]
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 # A block of fp32 logits stays within this many numbers, so that it is still in cache when it is read back.
 BLOCK = 1 << 20
+TILE = 1 << 18  # and of those that are summed over rows
 
 
 def dense(
@@ -100,3 +101,29 @@ def _blocked(
         folded = p.unflatten(0, (-1, group)).flatten(1, 2)
         out[:, rows] = mix(folded, v[:, :width]).unflatten(1, (group, -1)).flatten(0, 1).to(out.dtype)
     return out, lse
+
+
+def observe(q: Tensor, k: Tensor, lse: Tensor, scale: float, past: int, softcap: float | None = None) -> Tensor:
+    """Attention that every slot receives from all rows, summed: [Hq, n] fp32. In tiles, so nothing is T x T.
+
+    q [Hq, m, D], k [h, n, D], lse [Hq, m] fp32. Row i sees the slots up to `past` + i, which may be negative.
+    """
+    (heads, m, _), (h, n, _) = q.shape, k.shape
+    group = heads // h
+    out = q.new_zeros((heads, n), dtype=torch.float32)
+    rows = min(m, max(64, math.isqrt(TILE // heads)))
+    cols = max(64, TILE // (heads * max(1, rows)))
+    for c in range(0, n if m else 0, cols):
+        d = min(c + cols, n)
+        for at in range(max(0, c - past), m, rows):
+            stop = min(at + rows, m)
+            s = logits(q[:, at:stop].unflatten(0, (h, group)).flatten(1, 2), k[:, c:d], scale)
+            s = s.unflatten(1, (group, -1)).flatten(0, 1)
+            if softcap is not None:
+                s = s.div_(softcap).tanh_().mul_(softcap)
+            s = exp_(s.sub_(lse[:, at:stop, None]))
+            if d - past > at + 1:
+                place = torch.arange(c - past, d - past, device=s.device)
+                s.masked_fill_(place > torch.arange(at, stop, device=s.device)[:, None], 0.0)
+            out[:, c:d] += s.sum(1)
+    return out

@@ -44,12 +44,9 @@ void rows(const Job &job, const Segment &segment, int head, int first, int64_t s
         const int end = (n + W - 1) / W * W;
         for (int i = n; i < end; i++) mine[i] = -INFINITY;
         vf most = splat(LEAST);
-        for (int i = 0; i < end; i += W) {
-            const vf x = load(mine + i);
-            most = select(x > most, x, most);
-        }
-        float top = most[0];
-        for (int i = 1; i < W; i++) top = most[i] > top ? most[i] : top;
+        for (int i = 0; i < end; i += W) most = larger(load(mine + i), most);
+        float top;
+        tops<1>(&most, &top);
         vf total = {};
         for (int i = 0; i < end; i += W) {
             const vf p = exp(load(mine + i) - top);
@@ -63,6 +60,10 @@ void rows(const Job &job, const Segment &segment, int head, int first, int64_t s
         value_rows<R>(run, head, a, b, job.value_dim, s + at, SPLIT, part.out);
     });
 }
+
+}  // namespace
+
+namespace kvloom::ISA {
 
 void attend(const Job &job, const Segment &segment, int head, int64_t start, int64_t stop, Partial part) {
     alignas(64) float s[4 * SPLIT];
@@ -92,10 +93,4 @@ void merge(const Job &job, int head, const Partial *parts, int count) {
     }
 }
 
-}  // namespace
-
-namespace kvloom {
-#define TEXT_(x) #x
-#define TEXT(x) TEXT_(x)
-extern const Kernels ISA = {TEXT(ISA), attend, merge};
-}  // namespace kvloom
+}  // namespace kvloom::ISA

@@ -48,15 +48,48 @@ struct Partial {
     float *out, *sum, *top;
 };
 
-using Attend = void (*)(const Job &, const Segment &, int head, int64_t start, int64_t stop, Partial);
-using Merge = void (*)(const Job &, int head, const Partial *, int count);
-
-struct Kernels {
-    const char *name;
-    Attend attend;
-    Merge merge;
+// A dense matrix of each head: rows are `row` bytes apart, heads `head`.
+struct Matrix {
+    Kind kind;
+    const uint8_t *data;
+    int64_t head, row;
 };
 
-extern const Kernels portable, avx2, avx512;
+constexpr int PREFILL_ROWS = 96, PREFILL_KEYS = 64;  // of one piece of work: query rows of a head; keys that are observed
+
+// Many query rows: q [h * group, m, D], k [h, n, D], v [h, n, Dv]. Causal: row i sees slots up to past + i.
+// out [h * group, m, Dv] in q's dtype and lse [h * group, m]; or, with lse given, mass [h, group, n].
+struct Prefill {
+    int h, group, dim, value_dim;
+    int64_t m, n, past;
+    bool causal;
+    float scale, softcap;
+    Matrix q, k, v;
+    uint8_t *out;
+    float *lse, *mass;
+};
+
+// x [h, n, D] to packed codes, and scales and minima of the 16-bit kind `small`, contiguous, laid out as in `Run`.
+struct Encode {
+    int h, dim, bits, group;
+    int64_t n;
+    bool along_tokens;
+    Kind small;
+    Matrix x;
+    uint8_t *codes, *scale, *zero;
+};
+
+// What is compiled once for each instruction set, in a namespace of its name.
+#define KVLOOM_KERNELS(isa)                                                                        \
+    namespace isa {                                                                                \
+    void attend(const Job &, const Segment &, int head, int64_t start, int64_t stop, Partial);     \
+    void merge(const Job &, int head, const Partial *, int count);                                 \
+    void prefill(const Prefill &, int head, int piece);                                            \
+    void observe(const Prefill &, int head, int piece);                                            \
+    void encode(const Encode &, int head, int64_t start, int64_t stop); /* units of tokens, or tokens */ \
+    }
+KVLOOM_KERNELS(portable)
+KVLOOM_KERNELS(avx2)
+KVLOOM_KERNELS(avx512)
 
 }  // namespace kvloom

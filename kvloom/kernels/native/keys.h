@@ -2,11 +2,13 @@
 #pragma once
 
 #include "job.h"
-#include "unpack.h"
+#include "codes.h"
 
 namespace {
 
 using namespace kvloom;
+
+constexpr int AHEAD = 2048;  // bytes by which memory is asked for keys before they are needed
 
 // s[r * stride + t] = q[r] . k[t] for R rows; q [R, D] fp32, k [n, D].
 template <int R, class T>
@@ -15,6 +17,7 @@ void dense_dot(const float *q, const T *k, int64_t n, int D, float *s, int strid
     int64_t t = 0;
     for (; t + 2 <= n; t += 2) {
         const T *k0 = k + t * D, *k1 = k0 + D;
+        for (int d = 0; d < 2 * D; d += 64 / int(sizeof(T))) __builtin_prefetch(k0 + d + AHEAD / sizeof(T));
         vf a[R] = {}, b[R] = {};
         for (int d = 0; d < whole; d += W) {
             const vf x = load(k0 + d), y = load(k1 + d);
@@ -43,46 +46,25 @@ void dense_dot(const float *q, const T *k, int64_t n, int D, float *s, int strid
 
 // One unit of keys packed along tokens: the slots [from, to) of it. The scale of a channel folds into the query, its minimum
 // into one number for the unit; then codes are multiplied as they are, with slots in the lanes.
-template <int R, int BITS>
-void packed_dot(const float *q, const uint8_t *data, const float *scale, const float *zero, int bits, int G, int D,
-                int from, int to, float *s, int stride) {
-    alignas(64) float folded[R * MAX_DIM];
+template <int R>
+void packed_dot(const float *q, const uint8_t *data, const float *scale, const float *zero, int bits, int G, int D, int from,
+                int to, float *s, int stride) {
+    alignas(64) float weights[R * MAX_DIM];
     float base[R];
-    for (int r = 0; r < R; r++) {
-        vf total = {};
-        int d = 0;
-        for (; d + W <= D; d += W) {
-            const vf x = load(q + r * D + d);
-            store(folded + r * MAX_DIM + d, x * load(scale + d));
-            total += x * load(zero + d);
-        }
-        base[r] = sum(total);
-        for (; d < D; d++) folded[r * MAX_DIM + d] = q[r * D + d] * scale[d], base[r] += q[r * D + d] * zero[d];
-    }
-    const Codes<BITS> found(data, bits, G, D);
-    for (int pair = 0; pair < found.pairs(); pair++) {
-        const auto place = found.place(pair);
-        vf sums[2][R];
-        for (int r = 0; r < R; r++) sums[0][r] = sums[1][r] = splat(base[r]);
-        for (int d = 0; d < D; d++) {
-            vf x, y;
-            found.fetch(place, d, x, y);
-            for (int r = 0; r < R; r++) {
-                const vf w = splat(folded[r * MAX_DIM + d]);
-                sums[0][r] += w * x;
-                sums[1][r] += w * y;
-            }
-        }
-        for (int half = 0; half < 2; half++) {
-            const int first = found.first(pair, half);
+    fold<R, MAX_DIM>(q, D, scale, zero, D, weights, base);
+    each_lanes<R, MAX_DIM>(
+        data, bits, G, D, [&](int) { return weights; },
+        [&](int first, const float *sums) {
             const int low = from > first ? from : first, high = to < first + W ? to : first + W;
-            for (int r = 0; r < R && low < high; r++) {
-                alignas(64) float lanes[W];
-                store(lanes, sums[half][r]);
-                memcpy(s + r * stride + (low - from), lanes + (low - first), (high - low) * sizeof(float));
+            for (int r = 0; r < R; r++) {
+                float *mine = s + r * stride - from;
+                if (low == first && high == first + W) {
+                    store(mine + first, load(sums + r * W) + base[r]);
+                } else {
+                    for (int i = low; i < high; i++) mine[i] = sums[r * W + i - first] + base[r];
+                }
             }
-        }
-    }
+        });
 }
 
 template <int R>
@@ -99,10 +81,8 @@ void key_rows(const Run &run, const float *q, int head, int64_t a, int64_t b, in
             numbers(run.small, run.scale + head * run.scale_head, u * D, D, scale);
             numbers(run.small, run.zero + head * run.zero_head, u * D, D, zero);
             const int from = u * G < a ? int(a - u * G) : 0, to = (u + 1) * G > b ? int(b - u * G) : G;
-            with_codes(run.bits, G, [&](auto bits) {
-                packed_dot<R, bits.value>(q, data + u * D * (G * run.bits / 8), scale, zero, run.bits, G, D, from, to,
-                                          s + (u * G + from - a), stride);
-            });
+            packed_dot<R>(q, data + u * D * (G * run.bits / 8), scale, zero, run.bits, G, D, from, to, s + (u * G + from - a),
+                          stride);
         }
         return;
     }

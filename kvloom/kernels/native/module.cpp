@@ -15,7 +15,16 @@ namespace {
 
 constexpr double WORTH = 1e6;  // multiply-adds: below, waking another thread takes longer than the work
 
-const Kernels *best() {
+struct Kernels {
+    const char *name;
+    decltype(&portable::attend) attend;
+    decltype(&portable::merge) merge;
+    decltype(&portable::prefill) prefill, observe;
+    decltype(&portable::encode) encode;
+};
+#define KERNELS_OF(isa) {#isa, isa::attend, isa::merge, isa::prefill, isa::observe, isa::encode}
+
+Kernels best() {
     const char *asked = std::getenv("KVLOOM_ISA");
     const std::string name = asked ? asked : "";
 #if defined(__x86_64__)
@@ -23,14 +32,14 @@ const Kernels *best() {
     const bool has2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool has512 = has2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (has512 && (name.empty() || name == "avx512")) return &avx512;
-    if (has2 && (name.empty() || name == "avx2" || name == "avx512")) return &avx2;
+    if (has512 && (name.empty() || name == "avx512")) return KERNELS_OF(avx512);
+    if (has2 && (name.empty() || name == "avx2" || name == "avx512")) return KERNELS_OF(avx2);
 #endif
-    return &portable;
+    return KERNELS_OF(portable);
 }
 
-const Kernels *kernels() {
-    static const Kernels *found = best();
+const Kernels &kernels() {
+    static const Kernels found = best();
     return found;
 }
 
@@ -110,16 +119,53 @@ void attend(const std::vector<Job> &jobs, int threads) {
         parts[i] = {at, at + job.rows * job.value_dim, at + job.rows * (job.value_dim + 1)};
         at += job.rows * (job.value_dim + 2);
     }
-    const Kernels *k = kernels();
     Pool::get().run(int(items.size()), work > WORTH ? threads : 1, [&](int i) {
         const Item &item = items[i];
         const Job &job = jobs[item.job];
-        k->attend(job, job.segments[item.segment], item.head, item.start, item.stop, parts[i]);
+        kernels().attend(job, job.segments[item.segment], item.head, item.start, item.stop, parts[i]);
     });
     size_t n = 0;
     for (const Job &job : jobs)
         for (int head = 0; head < job.h; head++, n++)
-            k->merge(job, head, parts.data() + first[n], int(first[n + 1] - first[n]));
+            kernels().merge(job, head, parts.data() + first[n], int(first[n + 1] - first[n]));
+}
+
+Matrix matrix_of(PyObject *t) {
+    check(t, 4);
+    return {Kind(number(t, 0)), pointer<const uint8_t>(t, 1), number(t, 2), number(t, 3)};
+}
+
+Prefill prefill_of(PyObject *t) {
+    check(t, 16);
+    return {int(number(t, 0)), int(number(t, 1)), int(number(t, 2)), int(number(t, 3)), number(t, 4), number(t, 5), number(t, 6),
+            number(t, 7) != 0, float(PyFloat_AsDouble(PyTuple_GET_ITEM(t, 8))), float(PyFloat_AsDouble(PyTuple_GET_ITEM(t, 9))),
+            matrix_of(PyTuple_GET_ITEM(t, 10)), matrix_of(PyTuple_GET_ITEM(t, 11)), matrix_of(PyTuple_GET_ITEM(t, 12)),
+            pointer<uint8_t>(t, 13), pointer<float>(t, 14), pointer<float>(t, 15)};
+}
+
+Encode encode_of(PyObject *t) {
+    check(t, 11);
+    return {int(number(t, 0)), int(number(t, 1)), int(number(t, 2)), int(number(t, 3)), number(t, 4), number(t, 5) != 0,
+            Kind(number(t, 6)), matrix_of(PyTuple_GET_ITEM(t, 7)), pointer<uint8_t>(t, 8), pointer<uint8_t>(t, 9),
+            pointer<uint8_t>(t, 10)};
+}
+
+void encode(const Encode &e, int threads) {
+    const int64_t count = e.along_tokens ? e.n / e.group : e.n, each = e.along_tokens ? 1 : 64, pieces = (count + each - 1) / each;
+    Pool::get().run(int(pieces * e.h), double(e.n) * e.h * e.dim > WORTH / 8 ? threads : 1, [&](int i) {
+        const int64_t start = i / e.h * each;
+        kernels().encode(e, i % e.h, start, start + each < count ? start + each : count);
+    });
+}
+
+// Pieces from the last to the first: behind a causal mask the last take longest.
+void many_rows(const Prefill &p, bool observed, int threads) {
+    const int64_t size = observed ? PREFILL_KEYS : PREFILL_ROWS, count = ((observed ? p.n : p.m) + size - 1) / size;
+    const auto f = observed ? kernels().observe : kernels().prefill;
+    Pool::get().run(int(count * p.h), threads, [&](int i) {
+        const int piece = observed ? i / p.h : int(count - 1 - i / p.h);
+        f(p, i % p.h, piece);
+    });
 }
 
 }  // namespace
@@ -128,7 +174,7 @@ void attend(const std::vector<Job> &jobs, int threads) {
 
 NB_MODULE(_native, m) {
     using namespace kvloom;
-    m.attr("isa") = kernels()->name;
+    m.attr("isa") = kernels().name;
     m.attr("max_dim") = MAX_DIM;
     m.attr("version") = 1;
     m.def(
@@ -142,4 +188,22 @@ NB_MODULE(_native, m) {
             attend(jobs, threads);
         },
         nb::arg("jobs"), nb::arg("threads"));
+    m.def(
+        "many_rows",
+        [](nb::tuple described, bool observed, int threads) {
+            const Prefill p = prefill_of(described.ptr());
+            if (PyErr_Occurred()) throw nb::python_error();
+            nb::gil_scoped_release release;
+            many_rows(p, observed, threads);
+        },
+        nb::arg("job"), nb::arg("observed"), nb::arg("threads"));
+    m.def(
+        "encode",
+        [](nb::tuple described, int threads) {
+            const Encode e = encode_of(described.ptr());
+            if (PyErr_Occurred()) throw nb::python_error();
+            nb::gil_scoped_release release;
+            encode(e, threads);
+        },
+        nb::arg("job"), nb::arg("threads"));
 }

@@ -4,6 +4,7 @@
 // n * b / 8 + i in the next, and so on. 3 bits are a row of 2 bits followed by a row of 1 bit.
 #pragma once
 
+#include <cmath>
 #include <type_traits>
 
 #include "job.h"
@@ -83,63 +84,6 @@ inline void unpack(const uint8_t *row, int bits, int n, uint8_t *out) {
     }
 }
 
-// `rows` rows of n codes each, fetched as two vectors at a time. With BITS (1, 2, 4), where planes are whole vectors, the two
-// are two planes of the same bytes; with 0 they are neighbours in a row of bytes, unpacked before if need be.
-template <int BITS>
-struct Codes {
-    const uint8_t *data;
-    int stride;
-
-    Codes(const uint8_t *packed, int bits, int n, int rows) : data(packed), stride(n * bits / 8) {
-        if (BITS || (bits == 8 && n % (2 * W) == 0)) return;
-        static thread_local Scratch<uint8_t> scratch;
-        const int bytes_of_row = stride;
-        stride = (n + 2 * W - 1) / (2 * W) * (2 * W);
-        uint8_t *room = scratch.room(size_t(rows) * stride);
-        for (int i = 0; i < rows; i++) unpack(packed + size_t(i) * bytes_of_row, bits, n, room + size_t(i) * stride);
-        data = room;
-    }
-
-    static constexpr int PASSES = BITS ? 4 / BITS : 1;  // over the same bytes, for two planes each
-
-    // Pairs of vectors that make up a row, and the code with which each begins; codes behind n are to be ignored.
-    int pairs() const { return BITS ? stride / W * PASSES : stride / (2 * W); }
-    int first(int pair, int half) const {
-        return BITS ? (2 * (pair % PASSES) + half) * stride + pair / PASSES * W : (2 * pair + half) * W;
-    }
-
-    struct Place {
-        const uint8_t *at;
-        int shift;
-    };
-    Place place(int pair) const {
-        return BITS ? Place{data + pair / PASSES * W, 2 * (pair % PASSES) * BITS} : Place{data + 2 * pair * W, 0};
-    }
-    void fetch(const Place &p, int row, vf &x, vf &y) const {
-        const uint8_t *from = p.at + size_t(row) * stride;
-        vi raw = bytes(from);
-        if (!BITS) {
-            x = floats(raw);
-            y = floats(bytes(from + W));
-            return;
-        }
-        if (PASSES > 1) raw >>= p.shift;
-        constexpr int MASK = (1 << BITS) - 1;
-        x = floats(raw & MASK);
-        y = floats(BITS == 4 ? raw >> 4 : (raw >> BITS) & MASK);
-    }
-};
-
-// Calls f with the `Codes` that fits rows of n codes.
-template <class F>
-void with_codes(int bits, int n, F f) {
-    const bool whole = bits < 8 && bits != 3 && n * bits / 8 % W == 0;
-    if (whole && bits == 4) return f(std::integral_constant<int, 4>());
-    if (whole && bits == 2) return f(std::integral_constant<int, 2>());
-    if (whole && bits == 1) return f(std::integral_constant<int, 1>());
-    f(std::integral_constant<int, 0>());
-}
-
 template <class T>
 void convert(const T *from, int count, float *out) {
     int i = 0;
@@ -154,16 +98,30 @@ inline void numbers(Kind kind, const uint8_t *data, int64_t from, int count, flo
     convert(reinterpret_cast<const F32 *>(data) + from, count, out);
 }
 
+// Numbers [0, n) of a row of any dtype, as fp32.
+inline void row_of(const Matrix &x, int head, int64_t row, int n, float *out) {
+    const uint8_t *at = x.data + head * x.head + row * x.row;
+    if (x.kind == FLOAT32) return (void)memcpy(out, at, n * sizeof(float));
+    numbers(x.kind, at, 0, n, out);
+}
+
+// x[i] = code * scale + zero for n codes that share both.
+inline void scaled(const uint8_t *codes, int n, float scale, float zero, float *x) {
+    int i = 0;
+    for (; i + W <= n; i += W) store(x + i, floats(bytes(codes + i)) * scale + zero);
+    for (; i < n; i++) x[i] = codes[i] * scale + zero;
+}
+
 // The slots [t, t + n) of a run with groups along channels: x [n, D].
 inline void decode_channels(const Run &run, int head, int64_t t, int64_t n, int D, float *x) {
-    const int bytes = D * run.bits / 8, groups = D / run.group;
+    const int G = run.group, bytes = D * run.bits / 8, groups = D / G;
     uint8_t row[MAX_DIM];
     float scale[MAX_DIM / 8], zero[MAX_DIM / 8];
     for (int64_t i = 0; i < n; i++) {
         unpack(run.data + head * run.head + (t + i) * bytes, run.bits, D, row);
         numbers(run.small, run.scale + head * run.scale_head, (t + i) * groups, groups, scale);
         numbers(run.small, run.zero + head * run.zero_head, (t + i) * groups, groups, zero);
-        for (int d = 0; d < D; d++) x[i * D + d] = row[d] * scale[d / run.group] + zero[d / run.group];
+        for (int g = 0; g < groups; g++) scaled(row + g * G, G, scale[g], zero[g], x + i * D + g * G);
     }
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "job.h"
-#include "unpack.h"
+#include "codes.h"
 
 namespace {
 
@@ -23,6 +23,7 @@ void dense_mix(const float *p, int stride, const T *v, int64_t n, int D, float *
             for (int r = 0; r < R; r++) a[r] = load(out + r * D + d), b[r] = load(out + r * D + d + W);
             for (int t = 0; t < m; t++) {
                 const vf x = load(rows + t * D + d), y = load(rows + t * D + d + W);
+                __builtin_prefetch(rows + (TILE * D + (d * m + t * 2 * W)));  // the next tile, in its own order
                 for (int r = 0; r < R; r++) {
                     const vf each = splat(w[r * stride + t]);
                     a[r] += each * x;
@@ -43,56 +44,48 @@ void dense_mix(const float *p, int stride, const T *v, int64_t n, int D, float *
     }
 }
 
+// Numbers of n slots, one for each group of channels: out [groups, TILE] from [n, groups].
+inline void columns(Kind kind, const uint8_t *data, int64_t t0, int n, int groups, float *out) {
+    alignas(64) float rows[TILE * (MAX_DIM / 8)];
+    numbers(kind, data, t0 * groups, n * groups, groups == 1 ? out : rows);
+    if (groups == 2) {  // a stride known to the compiler
+        for (int t = 0; t < n; t++) out[t] = rows[2 * t], out[TILE + t] = rows[2 * t + 1];
+    } else if (groups == 4) {
+        for (int g = 0; g < 4; g++)
+            for (int t = 0; t < n; t++) out[g * TILE + t] = rows[4 * t + g];
+    } else if (groups > 1) {
+        for (int g = 0; g < groups; g++)
+            for (int t = 0; t < n; t++) out[g * TILE + t] = rows[t * groups + g];
+    }
+}
+
 // Up to TILE slots packed along channels. The scale of a slot folds into its weight, its minimum into one number for each
 // group of channels; then codes are multiplied as they are, with channels in the lanes.
-template <int R, int BITS>
+template <int R>
 void packed_mix(const float *p, int stride, const Run &run, int head, int64_t t0, int n, int D, float *out) {
     const int G = run.group, groups = D / G, row = D * run.bits / 8;
-    alignas(64) float numbers_of[TILE * (MAX_DIM / 8)], column[TILE];
+    alignas(64) float scale[TILE * (MAX_DIM / 8)], zero[TILE * (MAX_DIM / 8)];
     static thread_local Scratch<float> scratch;
-    float *folded = scratch.room(size_t(groups) * R * TILE);  // [groups, R, TILE]
-    numbers(run.small, run.scale + head * run.scale_head, t0 * groups, n * groups, numbers_of);
+    float *weights = scratch.room(size_t(groups) * R * TILE), base[R];  // [groups, R, TILE]
+    columns(run.small, run.scale + head * run.scale_head, t0, n, groups, scale);
+    columns(run.small, run.zero + head * run.zero_head, t0, n, groups, zero);
     for (int g = 0; g < groups; g++) {
-        for (int t = 0; t < n; t++) column[t] = numbers_of[t * groups + g];
+        fold<R, TILE>(p, stride, scale + g * TILE, zero + g * TILE, n, weights + g * R * TILE, base);
         for (int r = 0; r < R; r++)
-            for (int t = 0; t < n; t++) folded[(g * R + r) * TILE + t] = p[r * stride + t] * column[t];
+            for (int d = g * G; d < (g + 1) * G; d++) out[r * D + d] += base[r];
     }
-    numbers(run.small, run.zero + head * run.zero_head, t0 * groups, n * groups, numbers_of);
-    for (int g = 0; g < groups; g++) {
-        for (int t = 0; t < n; t++) column[t] = numbers_of[t * groups + g];
-        for (int r = 0; r < R; r++) {
-            vf total = {};
-            int t = 0;
-            for (; t + W <= n; t += W) total += load(p + r * stride + t) * load(column + t);
-            float base = sum(total);
-            for (; t < n; t++) base += p[r * stride + t] * column[t];
-            for (int d = g * G; d < (g + 1) * G; d++) out[r * D + d] += base;
-        }
-    }
-    const Codes<BITS> found(run.data + head * run.head + t0 * row, run.bits, D, n);
-    for (int pair = 0; pair < found.pairs(); pair++) {
-        const auto place = found.place(pair);
-        const int first = found.first(pair, 0), second = found.first(pair, 1);
-        const float *w0 = folded + size_t(first < D ? first / G : 0) * R * TILE;
-        const float *w1 = folded + size_t(second < D ? second / G : 0) * R * TILE;
-        vf a[R] = {}, b[R] = {};
-        for (int t = 0; t < n; t++) {
-            vf x, y;
-            found.fetch(place, t, x, y);
+    each_lanes<R, TILE>(
+        run.data + head * run.head + t0 * row, run.bits, D, n, [&](int first) { return weights + first / G * R * TILE; },
+        [&](int first, const float *sums) {
             for (int r = 0; r < R; r++) {
-                a[r] += splat(w0[r * TILE + t]) * x;
-                b[r] += splat(w1[r * TILE + t]) * y;
+                float *mine = out + r * D + first;
+                if (first + W <= D) {
+                    store(mine, load(mine) + load(sums + r * W));
+                } else {
+                    for (int i = 0; first + i < D; i++) mine[i] += sums[r * W + i];
+                }
             }
-        }
-        for (int half = 0; half < 2; half++) {
-            const int at = half ? second : first, count = D - at < W ? D - at : W;
-            for (int r = 0; r < R && count > 0; r++) {
-                alignas(64) float lanes[W];
-                store(lanes, half ? b[r] : a[r]);
-                for (int i = 0; i < count; i++) out[r * D + at + i] += lanes[i];
-            }
-        }
-    }
+        });
 }
 
 // The slots [t, t + n) of a unit of values packed along tokens, decoded: x [n, D].
@@ -119,13 +112,11 @@ void value_rows(const Run &run, int head, int64_t a, int64_t b, int D, const flo
     case FLOAT16: return dense_mix<R>(p, stride, reinterpret_cast<const F16 *>(data) + a * D, b - a, D, out);
     case BFLOAT16: return dense_mix<R>(p, stride, reinterpret_cast<const BF16 *>(data) + a * D, b - a, D, out);
     case CHANNELS: {
-        const bool lanes = run.group % W == 0;  // a vector of channels has one scale
+        const bool lanes = run.group % W == 0 || run.group == D;  // channels of one vector share a scale
         for (int64_t t = a; t < b; t += lanes ? TILE : BLOCK) {
             const int n = int(b - t < (lanes ? TILE : BLOCK) ? b - t : (lanes ? TILE : BLOCK));
             if (lanes) {
-                with_codes(run.bits, D, [&](auto bits) {
-                    packed_mix<R, bits.value>(p + (t - a), stride, run, head, t, n, D, out);
-                });
+                packed_mix<R>(p + (t - a), stride, run, head, t, n, D, out);
             } else {
                 alignas(64) float x[BLOCK * MAX_DIM];
                 decode_channels(run, head, t, n, D, x);

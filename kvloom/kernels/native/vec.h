@@ -16,15 +16,17 @@ constexpr int W = 16;
 constexpr int W = 8;  // two registers of 4 on machines that have no wider ones
 #endif
 
-typedef float vf __attribute__((vector_size(W * 4), aligned(4), may_alias));
-typedef int32_t vi __attribute__((vector_size(W * 4), aligned(4), may_alias));
-typedef uint32_t vu __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+// The same in memory, at any address.
+typedef float mf __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef uint16_t vh __attribute__((vector_size(W * 2), aligned(2), may_alias));
 typedef uint8_t vb __attribute__((vector_size(W), aligned(1), may_alias));
 
 inline vf splat(float x) { return x - vf{}; }
-inline vf load(const float *p) { return *reinterpret_cast<const vf *>(p); }
-inline void store(float *p, vf x) { *reinterpret_cast<vf *>(p) = x; }
+inline vf load(const float *p) { return *reinterpret_cast<const mf *>(p); }
+inline void store(float *p, vf x) { *reinterpret_cast<mf *>(p) = x; }
 
 // W bytes, or W 16-bit numbers, widened to 32 bits. Left to themselves, compilers do this one lane at a time.
 inline vi bytes(const uint8_t *p) {
@@ -74,10 +76,33 @@ inline float scalar(const F16 *p) {  // any half, subnormals and infinities incl
     return out;
 }
 
+inline uint16_t to_bfloat16(float x) {  // to the nearest, ties to even
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline uint16_t to_float16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    const uint32_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return uint16_t(sign | 0x7e00);
+    if (bits >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and above
+    if (bits < 0x38800000) {                                 // subnormal: adding 0.5 leaves the rounded code in the low bits
+        float y;
+        memcpy(&y, &bits, 4);
+        y += 0.5f;
+        memcpy(&bits, &y, 4);
+        return uint16_t(sign | (bits - 0x3f000000));
+    }
+    return uint16_t(sign | ((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13));
+}
+
 inline vf load(const F32 *p) { return load(reinterpret_cast<const float *>(p)); }
 inline vf load(const BF16 *p) {
     vu bits = halves(&p->x) << 16;
-    return reinterpret_cast<vf &>(bits);
+    return (vf)bits;
 }
 inline vf load(const F16 *p) {
 #if defined(__AVX512F__)
@@ -124,6 +149,42 @@ void sums(const vf *x, float *out) {
 }
 
 inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+inline vf larger(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return select(a > b, a, b);
+#endif
+}
+// The greatest numbers of R vectors.
+template <int R>
+void tops(const vf *x, float *out) {
+#if defined(__AVX2__)
+    if (R == 4) {
+        __m256 half[4];
+        for (int i = 0; i < 4; i++) {
+#if defined(__AVX512F__)
+            const __m512 whole = (__m512)x[i];
+            half[i] = _mm256_max_ps(_mm512_castps512_ps256(whole), _mm512_extractf32x8_ps(whole, 1));
+#else
+            half[i] = (__m256)x[i];
+#endif
+        }
+        const auto pairs = [](__m256 a, __m256 b) { return _mm256_max_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd)); };
+        const __m256 four = pairs(pairs(half[0], half[1]), pairs(half[2], half[3]));
+        _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
+        return;
+    }
+#endif
+    for (int i = 0; i < R; i++) {
+        float lanes[W];
+        store(lanes, x[i]);
+        out[i] = lanes[0];
+        for (int j = 1; j < W; j++) out[i] = lanes[j] > out[i] ? lanes[j] : out[i];
+    }
+}
 
 // e ** x for x <= 0 (and a little above): 2 ** n by the exponent's bits, 2 ** f by a polynomial; relative error 2e-7.
 inline vf exp(vf x) {
@@ -139,7 +200,7 @@ inline vf exp(vf x) {
     p = p * f + 6.931472028e-1f;
     p = p * f + 1.0f;
     vi bits = (n + 127) << 23;
-    vf out = p * reinterpret_cast<vf &>(bits);
+    vf out = p * (vf)bits;
     return select(x < -87.0f, splat(0.0f), out);
 }
 
