@@ -3,6 +3,7 @@
 #   PYTHON       the Python to build the environment with (3.11 or newer)
 #   TORCH_INDEX  the package index to take torch from; empty: the default one (on Linux: with CUDA)
 #   ARGS         more arguments for the program that the target runs, as in `make test ARGS="-k kivi -x"`
+#   BENCH        the benchmarks that `make bench` runs, of those that `kvloom bench --help` lists
 #   WORKERS      test processes
 #   VENV, CONSTRAINTS  another environment with other versions, as CI does for the oldest transformers
 
@@ -10,6 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints/newest.txt
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); [ $$n -le 8 ] || n=8; echo $$n)
+BENCH ?= prefill decode kernels memory
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -36,8 +38,8 @@ test: $(VENV)/.test ## run the tests, without the slow ones
 test-all: $(VENV)/.test ## run all tests
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not bench" $(ARGS)
 
-bench: $(VENV)/.test ## run the benchmarks and print their tables (ARGS="--only NAME" for one)
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: $(VENV)/.run ## run the benchmarks and print their tables (BENCH=NAME for one)
+	@for name in $(BENCH); do $(BIN)/kvloom bench $$name $(ARGS) || exit 1; done
 
 lint: types ## check types, style, formatting, imports between rooms and the length of files
 	$(BIN)/ruff check
@@ -50,7 +52,7 @@ types: $(VENV)/.lint ## check types
 
 clean: ## remove the environments, caches and built packages
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find kvloom tests benchmarks scripts -name __pycache__ -prune -exec rm -rf {} +
+	find kvloom tests scripts -name __pycache__ -prune -exec rm -rf {} +
 
 # One torch thread per test process: the processes share the cores. Nothing is to be looked up on a model hub.
 test test-all: export OMP_NUM_THREADS := 1

@@ -1,25 +1,24 @@
-"""The command line: `kvloom demo`, `compare`, `generate`, `recipes`, `check`, `calibrate`.
+"""The command line: `kvloom demo`, `compare`, `generate`, `recipes`, `check`, `doctor`, `calibrate`, `bench`.
 
 Results go to stdout (tables, or JSON with --json), progress and errors to stderr. An error of kvloom ends with code 2.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from kvloom.bench.commands import app as bench
 from kvloom.errors import KvloomError, RecipeError
+from kvloom.lab.terminal import Json, print_json, progress
 
 HELP = """Compress the key-value cache of a language model with published methods, and see what it costs.
 
@@ -29,7 +28,7 @@ A MODEL is a local folder, a hub id, or "nano", the small model that comes with 
 Start with: kvloom demo
 """
 app = App(name="kvloom", help=HELP, version_flags=["--version"])
-Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON on stdout instead of a table.")]
+app.command(bench)
 Limit = Annotated[int, Parameter(help="Tokens of one answer, at most.")]
 Page = Annotated[Path | None, Parameter(help="Write the result as a self-contained HTML page to this file.")]
 
@@ -42,26 +41,6 @@ def _prepare(model: str) -> tuple[Any, Any]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return load_model(model)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr; the yielded function names the next step."""
-    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
-        task, done = bar.add_task("", total=total), -1
-
-        def tell(text: str) -> None:
-            nonlocal done
-            done += 1
-            bar.update(task, completed=done, description=text)
-
-        yield tell
-        bar.update(task, completed=total, description="done")
 
 
 def _text_of(path: Path, option: str) -> str:
@@ -80,7 +59,7 @@ def _show(rows: Sequence[Any], model: str, out: Path | None, as_json: bool, titl
         out.write_text(page.html(rows, model, title), encoding="utf-8")
     if as_json:
         about = {"model": model, "page": None if out is None else str(out), "versions": page.versions()}
-        _print_json(about | {"recipes": [row.to_dict() for row in rows]})
+        print_json(about | {"recipes": [row.to_dict() for row in rows]})
         return
     console = Console()
     # In 80 columns numbers stay whole, heads and names wrap, and the room for growth is left out.
@@ -122,7 +101,7 @@ def demo(*, out: Path = Path("demo.html"), tokens: int = 4000, seed: int = 0, js
 
     model, tokenizer = _prepare("nano")
     task = demo_task(tokenizer, tokens, seed)
-    with _progress(len(RECIPES)) as tell:
+    with progress(len(RECIPES)) as tell:
         rows = run(model, tokenizer, RECIPES, task, tell=tell)
     _show(rows, "nano", out, json, "kvloom demo: facts in a book")
 
@@ -179,7 +158,7 @@ def compare(
         later=tuple(asks[1:]),
         continuation=tokenizer.decode(ids[-continuation:]),
     )
-    with _progress(len({"full", *cache})) as tell:
+    with progress(len({"full", *cache})) as tell:
         rows = run(network, tokenizer, cache, task, max_new_tokens, tell)
     _show(rows, model, out, json, f"kvloom compare: {document.name}")
 
@@ -219,7 +198,7 @@ def generate(
     answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
     if json:
         report = held.report().to_dict()
-        _print_json({"model": model, "prompt_tokens": ids.shape[1], "answer": answer, "cache": report})
+        print_json({"model": model, "prompt_tokens": ids.shape[1], "answer": answer, "cache": report})
         return
     print(answer)
     Console(stderr=True).print(str(held.report()), highlight=False, markup=False, style="dim")
@@ -236,11 +215,11 @@ def recipes(name: str | None = None, *, json: Json = False) -> None:
 
     if name is not None:
         card = registry.card(name)
-        _print_json(_card(card)) if json else print(card.text())
+        print_json(_card(card)) if json else print(card.text())
         return
     cards = registry.recipes()
     if json:
-        _print_json({key: _card(card) for key, card in cards.items()})
+        print_json({key: _card(card) for key, card in cards.items()})
         return
     table = Table("name", "year", "idea", "options")
     for key, card in cards.items():
@@ -272,10 +251,10 @@ def check(model: str, *, cache: list[str] | None = None, json: Json = False) -> 
     for recipe in chosen:
         registry.parse(recipe)
     network, _ = _prepare(model)
-    with _progress(len(chosen) * len(MODES)) as tell:
+    with progress(len(chosen) * len(MODES)) as tell:
         verdicts = run(network, chosen, tell)
     if json:
-        _print_json([v.to_dict() for v in verdicts])
+        print_json([v.to_dict() for v in verdicts])
     else:
         table = Table("recipe", "way", "result", "logit error", "")
         color = {"exact": "green", "lossy": "yellow", "refused": "red"}
@@ -308,7 +287,7 @@ def doctor(*, json: Json = False) -> None:
         "why": native.WHY,
     }  # fmt: skip
     if json:
-        _print_json(found)
+        print_json(found)
         return
     table = Table("", "found", show_header=False)
     for name, value in found.items():
@@ -341,7 +320,7 @@ def calibrate(
     scores = run(network, output)
     shapes = {name: list(x.shape) for name, x in scores.items()}
     if json:
-        _print_json({"file": str(output), "scores": shapes})
+        print_json({"file": str(output), "scores": shapes})
     else:
         layers, heads = shapes["echo"]
         Console().print(f"Wrote {output}: scores of {layers} layers x {heads} heads.", highlight=False)
