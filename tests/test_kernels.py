@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvloom.core.attention import Logits
 from kvloom.core.codec import Codec, Exact
-from kvloom.core.layer import Layer
+from kvloom.core.layer import Layer, Steps, together
 from kvloom.core.registry import parse
 from kvloom.core.site import Site
 from kvloom.kernels import native
@@ -23,6 +23,15 @@ from kvloom.segments.minmax import MinMax
 
 pytestmark = pytest.mark.skipif(native.ISA is None, reason="installed without compiled kernels")
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+
+
+def attend(
+    h: int, rows: int, dim: int, value_dim: int, parts: list[native.Part], scale: float, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One job alone."""
+    job = native.job(h, rows, dim, value_dim, parts, scale, softcap)
+    native.run([job])
+    return job.out, job.lse
 
 
 def packed(along: str) -> st.SearchStrategy[Codec]:
@@ -84,7 +93,7 @@ def test_against_float64(
         part.logw = torch.randn(h, part.n, generator=generator)
         part.logw[:, ::5] = -torch.inf
     scale = dim**-0.5
-    out, lse = native.attend(h, rows, dim, value_dim, [part], scale, softcap)
+    out, lse = attend(h, rows, dim, value_dim, [part], scale, softcap)
     s = q.double() * scale @ k.transpose(1, 2)
     s = s if softcap is None else softcap * torch.tanh(s / softcap)
     s = s if part.logw is None else s + part.logw[:, None].double()
@@ -99,13 +108,13 @@ def test_extremes() -> None:
     q, k, v = torch.zeros(1, 2, 64), torch.zeros(1, 700, 64), torch.randn(1, 700, 64)
     q[0, 0, 0], k[0, 13, 0], k[0, 600, 0] = 1e4, 1e4, -1e4
     part, _, _ = make_part([(Exact(), k)], [(Exact(), v)], q)
-    out, lse = native.attend(1, 2, 64, 64, [part], 1.0, None)
+    out, lse = attend(1, 2, 64, 64, [part], 1.0, None)
     assert torch.equal(out[0, 0], v[0, 13]) and lse[0, 0] == 1e8
     assert torch.allclose(out[0, 1], v[0].mean(0), atol=1e-6)
     part.logw = torch.full((1, 700), -torch.inf)
-    out, lse = native.attend(1, 2, 64, 64, [part], 1.0, None)
+    out, lse = attend(1, 2, 64, 64, [part], 1.0, None)
     assert not out.any() and (lse == -torch.inf).all()
-    out, lse = native.attend(1, 2, 64, 64, [], 1.0, None)
+    out, lse = attend(1, 2, 64, 64, [], 1.0, None)
     assert not out.any() and (lse == -torch.inf).all()
 
 
@@ -121,7 +130,7 @@ def test_same_bits_for_any_number_of_threads() -> None:
         found = []
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            found += [native.attend(4, 4, 64, 64, [part], 0.125, None) for _ in range(5)]
+            found += [attend(4, 4, 64, 64, [part], 0.125, None) for _ in range(5)]
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(out, found[0][0]) and torch.equal(lse, found[0][1]) for out, lse in found)
@@ -135,24 +144,55 @@ from kvloom.kernels import native
 q, k, v = torch.randn(4, 4, 64), torch.randn(4, 9000, 64), torch.randn(4, 9000, 64)
 part = native.Part(9000, [native.dense(k, q)], [native.dense(v)])
 torch.set_num_threads(3)
-want, _ = native.attend(4, 4, 64, 64, [part], 0.125, None)
+def attend():
+    job = native.job(4, 4, 64, 64, [part], 0.125, None)
+    native.run([job])
+    return job.out
+want = attend()
 wrong = []
 def work():
     for _ in range(40):
-        out, _ = native.attend(4, 4, 64, 64, [part], 0.125, None)
-        if not torch.equal(out, want):
+        if not torch.equal(attend(), want):
             wrong.append(1)
 threads = [threading.Thread(target=work) for _ in range(4)]
 [t.start() for t in threads]
 [t.join() for t in threads]
 child = os.fork()
 if child == 0:
-    out, _ = native.attend(4, 4, 64, 64, [part], 0.125, None)
-    os._exit(0 if torch.equal(out, want) else 3)
+    os._exit(0 if torch.equal(attend(), want) else 3)
 assert os.waitpid(child, 0)[1] == 0 and not wrong
 """
     ran = subprocess.run([sys.executable, "-c", script], timeout=120, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("recipe", ["full", "snapkv(budget=40, window=8) | kivi"])
+def test_a_batch_is_one_call_and_the_same_bits(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of unequal lengths decode together in one call, each as it does alone."""
+    found, site = parse(recipe), Site(0, 1, 4, 2, 32, 32, torch.float32, lambda: None)
+    calls: list[int] = []
+    run = native.run
+    monkeypatch.setattr(native, "run", lambda jobs: (calls.append(len(jobs)), run(jobs)))
+    draw, logits, lengths = torch.Generator().manual_seed(0), Logits(0.2), (60, 9, 137)
+    rows = [[torch.randn(h, n + 5, 32, generator=draw) for h in (4, 2, 2)] for n in lengths]
+
+    def filled() -> list[Layer]:
+        layers = []
+        for (q, k, v), n in zip(rows, lengths, strict=True):
+            layers.append(Layer(site, found.bind([site])))
+            together([layers[-1].forward(q[:, :n], k[:, :n], v[:, :n], logits, None, None)])
+        calls.clear()
+        return layers
+
+    def step(layer: Layer, i: int, t: int) -> Steps:
+        q, k, v = (x[:, lengths[i] + t : lengths[i] + t + 1] for x in rows[i])
+        return layer.forward(q, k, v, logits, None, None)
+
+    layers = filled()
+    batch = [together([step(layer, i, t) for i, layer in enumerate(layers)]) for t in range(5)]
+    assert calls == [3] * 5
+    alone = [[together([step(layer, i, t)])[0] for t in range(5)] for i, layer in enumerate(filled())]
+    assert all(torch.equal(batch[t][i], alone[i][t]) for t in range(5) for i in range(3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -172,7 +212,7 @@ def test_a_layer_with_and_without(recipe: str, dtype: torch.dtype, monkeypatch: 
         outs = []
         for layer, isa in zip(layers, (native.ISA, None), strict=True):
             monkeypatch.setattr(native, "ISA", isa)
-            outs.append(layer.forward(q, k, v, Logits(0.125), None, None).float())
+            outs.append(together([layer.forward(q, k, v, Logits(0.125), None, None)])[0].float())
         assert torch.allclose(outs[0], outs[1], atol=2e-5 if dtype == torch.float32 else 1e-2), recipe
 
 

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from kvloom import KVCache, ProfileError, RecipeError, parse
 from kvloom.core import profile
 from kvloom.core.attention import Logits
-from kvloom.core.layer import Layer
+from kvloom.core.layer import Layer, together
 from kvloom.core.rows import Rows
 from kvloom.policies.retrieval_heads import REPEATS, measure
 from kvloom.recipes.razorattention import EVERY, calibrate
@@ -92,7 +92,7 @@ def test_2_equal_dropped_tokens_through_the_cache(scored: Any) -> None:
     k[:, 4:48], v[:, 4:48] = k[:, 4:5], v[:, 4:5]
     logits = Logits(0.25)
     for rows in (slice(0, 30), slice(30, 50), *(slice(i, i + 1) for i in range(50, 57))):
-        got, want = (x.forward(q[:, rows], k[:, rows], v[:, rows], logits, None, None) for x in (layer, full))
+        got, want = together([x.forward(q[:, rows], k[:, rows], v[:, rows], logits, None, None) for x in (layer, full)])
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     assert all(group.n < 45 for group in layer.groups)
 

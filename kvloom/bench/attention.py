@@ -113,7 +113,13 @@ def _ours(stored: str, q: Tensor, k: Tensor, v: Tensor, key: Codec, value: Codec
     keys, values = described
     assert keys is not None and values is not None
     part = native.Part(k.shape[1], [keys], [values], kept=[*kept, q])
-    return Way("kvloom", stored, size, lambda: native.attend(h, g, dim, dim, [part], dim**-0.5, None)[0])
+    job = native.job(h, g, dim, dim, [part], dim**-0.5, None)
+
+    def run() -> Tensor:
+        native.run([job])
+        return job.out
+
+    return Way("kvloom", stored, size, run)
 
 
 def _quantized(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Way:

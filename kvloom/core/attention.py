@@ -18,7 +18,7 @@ from kvloom.core.rope import Rope
 from kvloom.core.segment import SMALL, Segment
 from kvloom.kernels import native, reference
 
-__all__ = ["Logits", "Visible", "as_bias", "attend", "many_rows", "received", "segment_logits"]
+__all__ = ["Logits", "Visible", "as_bias", "attend", "job", "many_rows", "received", "segment_logits"]
 
 # (text index [h, n] or [1, n], heads of the group) -> [h or 1, g or 1, m, n]: bool (may row see slot) or added to the logits
 Visible = Callable[[Tensor, Group], Tensor]
@@ -156,12 +156,12 @@ def _stretches(segment: Segment, start: int) -> list[tuple[int, int]]:
     return list(pairwise(borders))
 
 
-def _compiled(
-    q: Tensor, value_dim: int, group: Group, logits: Logits, length: int, emit: bool
-) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]] | None:
-    """`attend` in one call of the compiled kernels; None where they do not serve."""
+def job(
+    q: Tensor, value_dim: int, group: Group, logits: Logits, length: int, visible: Visible | None, emit: bool
+) -> tuple[native.Job, dict[str, Tensor]] | None:
+    """`attend` as a job for the compiled kernels, and where it will write logits; None where they do not serve."""
     h, g, m, dim = q.shape
-    if not native.serves(q, value_dim):
+    if visible is not None or g * m > native.ROWS or not native.serves(q, value_dim):
         return None
     parts: list[native.Part] = []
     emitted: dict[str, Tensor] = {}
@@ -180,28 +180,18 @@ def _compiled(
             if emit:
                 part.scores = emitted[name] = torch.empty(h, g * m, segment.n)
             parts.append(part)
-    return [native.attend(h, g * m, dim, value_dim, parts, logits.scale, logits.softcap)], emitted
+    return native.job(h, g * m, dim, value_dim, parts, logits.scale, logits.softcap), emitted
 
 
 def attend(
-    q: Tensor,
-    value_dim: int,
-    group: Group,
-    logits: Logits,
-    length: int,
-    visible: Visible | None = None,
-    emit: bool = False,
+    q: Tensor, group: Group, logits: Logits, length: int, visible: Visible | None = None, emit: bool = False
 ) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Attention of q [h, g, m, D] over all that a group holds.
+    """Attention of q [h, g, m, D] over all that a group holds, in torch.
 
     Returns partial results (out [h, g * m, Dv], lse [h, g * m]) for `reference.merge`, and with `emit` each class's logits
     [h, g * m, n]. `visible` hides slots from rows; without it every row sees every slot. `length`: tokens seen so far.
     """
     g = q.shape[1]
-    if visible is None and g * q.shape[2] <= native.ROWS:
-        done = _compiled(q, value_dim, group, logits, length, emit)
-        if done is not None:
-            return done
     parts, emitted = [], {}
     for name, segment in group.segments.items():
         if segment.n:

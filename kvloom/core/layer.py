@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvloom.core import settle
-from kvloom.core.attention import Logits, Visible, as_bias, attend, many_rows
+from kvloom.core.attention import Logits, Visible, as_bias, attend, job, many_rows
 from kvloom.core.group import Group
 from kvloom.core.recipe import Phase, Recipe
 from kvloom.core.rows import Rows
@@ -18,10 +18,11 @@ from kvloom.core.run import Buffer
 from kvloom.core.site import Site
 from kvloom.core.step import Step
 from kvloom.errors import CacheError
-from kvloom.kernels import reference
+from kvloom.kernels import native, reference
 
-__all__ = ["Layer"]
+__all__ = ["Layer", "together"]
 
+Steps = Generator[list[native.Job], None, Tensor]  # a forward that stops where the compiled kernels are to work
 
 DRAFT = 64  # newest tokens that may be taken back without losing older queries that a scorer looks at
 
@@ -30,6 +31,26 @@ def _folded(x: Tensor, like: Tensor) -> Tensor:
     """[Hq, ...] -> [H, g, ...] for as many KV heads as `like` has."""
     h = like.shape[0]
     return x.view(h, x.shape[0] // h, *x.shape[1:])
+
+
+def together(forwards: list[Steps]) -> list[Tensor]:
+    """Runs one forward of each of several sequences; the compiled kernels get the work of all of them in one call."""
+    done: list[Tensor | None] = [None] * len(forwards)
+    jobs: list[native.Job] = []
+    for i, forward in enumerate(forwards):
+        try:
+            jobs += next(forward)
+        except StopIteration as end:
+            done[i] = end.value
+    if jobs:
+        native.run(jobs)
+    for i, forward in enumerate(forwards):
+        if done[i] is None:
+            try:
+                next(forward)
+            except StopIteration as end:
+                done[i] = end.value
+    return [x for x in done if x is not None]
 
 
 @dataclass
@@ -72,11 +93,12 @@ class Layer:
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, logits: Logits, visible: Visible | None, sinks: Tensor | None
-    ) -> Tensor:
+    ) -> Steps:
         """Attends new rows to themselves, exactly, and to all that is stored; stores them; settles unless deferred.
 
         q [Hq, m, D], k [H, m, D], v [H, m, Dv], post-RoPE. `visible`: the mask where it is more than causal, asked with
         the text index of slots. `sinks` [Hq]: logits that take part in the softmax without a value. Returns [Hq, m, Dv].
+        For `together`, which computes the jobs that it yields.
         """
         self.resolve()
         m, first = q.shape[1], self.length
@@ -84,7 +106,7 @@ class Layer:
         policy = self.recipe.policy.get(phase)
         queries = 0 if policy is None or policy.score is None else policy.score.queries
         emit = queries < 0 and m == 1 and first > 0 and visible is None and not self.defer
-        out, lse, seen = self._attend(q, Rows(k, v, first), logits, visible, emit)
+        out, lse, seen = yield from self._attend(q, Rows(k, v, first), logits, visible, emit)
         if sinks is not None:
             total = torch.logaddexp(lse, sinks.float()[:, None])
             out, lse = out.float() * (lse - total).exp_()[..., None], total
@@ -124,7 +146,7 @@ class Layer:
 
     def _attend(
         self, q: Tensor, rows: Rows, logits: Logits, visible: Visible | None, emit: bool
-    ) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
+    ) -> Generator[list[native.Job], None, tuple[Tensor, Tensor, list[dict[str, Tensor]]]]:
         """out [Hq, m, Dv], lse [Hq, m] fp32, and with `emit` the logits of each group's classes, [h, g, n]."""
         m, past = q.shape[1], any(group.n for group in self.groups)
         alone = m == 1 and visible is None
@@ -135,20 +157,29 @@ class Layer:
             self._append(rows)
             if fresh is not None:
                 return (*fresh, [])
-        found, seen = [], []
-        folded = _folded(q, rows.k)
-        for group in self.groups:
-            parts, logs = attend(
-                group.pick(folded), rows.v.shape[-1], group, logits, self.length + alone, visible, emit
-            )
+        length, value_dim, folded = self.length + alone, rows.v.shape[-1], _folded(q, rows.k)
+        queries = [group.pick(folded) for group in self.groups]
+        jobs = [
+            job(x, value_dim, group, logits, length, visible, emit)
+            for x, group in zip(queries, self.groups, strict=True)
+        ]
+        waiting = [found[0] for found in jobs if found is not None]
+        if waiting:
+            yield waiting
+        done, seen = [], []
+        for x, group, found in zip(queries, self.groups, jobs, strict=True):
+            if found is None:
+                parts, logs = attend(x, group, logits, length, visible, emit)
+            else:
+                parts, logs = [(found[0].out, found[0].lse)], found[1]
             if fresh is not None:
-                own, own_lse = (group.pick(_folded(x, rows.k)).flatten(1, 2) for x in fresh)
+                own, own_lse = (group.pick(_folded(each, rows.k)).flatten(1, 2) for each in fresh)
                 parts.append((own, own_lse))
-            found.append(reference.merge(parts))
+            done.append(reference.merge(parts))
             seen.append(logs)
         if fresh is not None:
             self._append(rows)
-        out, lse = self._gather([x for x, _ in found]), self._gather([x for _, x in found])
+        out, lse = self._gather([x for x, _ in done]), self._gather([x for _, x in done])
         return out.reshape(*q.shape[:2], -1), lse.reshape(q.shape[:2]), seen
 
     def _itself(self, q: Tensor, rows: Rows, logits: Logits, visible: Visible | None) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvloom.core.attention import Logits
+from kvloom.core.layer import together
 from kvloom.core.mask import DenseMask, Gaps, LazyMask
 from kvloom.errors import CacheError, ModelError
 
@@ -44,7 +45,8 @@ class Update:
         self.layer.waiting = None
         held = DenseMask(mask, k.shape[1]) if isinstance(mask, Tensor) else mask
         logits = Logits(scale, softcap, self.layer.rope)
-        out = None
+        places: list[tuple[int, Tensor | None]] = []
+        forwards = []
         for b, row in enumerate(self.layer.rows):
             real = held.real(b) if held is not None else None
             start = row.layer.length
@@ -54,19 +56,18 @@ class Update:
                     f"attention_mask shows {held.count(b)} tokens in row {b}, but the cache holds {start} and "
                     f"{_count(real, self.m)} came. Pass the same mask for earlier tokens as when they were cached."
                 )
+            if real is not None and not len(real):
+                continue
             visible = held.row(b, row.gaps, real) if held is not None else None
-            if real is None:
-                got = row.layer.forward(query[b], k[b], v[b], logits, visible, sinks)
-                if len(self.layer.rows) == 1:
-                    return got.transpose(0, 1)[None]
-            elif len(real):
-                got = row.layer.forward(query[b][:, real], k[b][:, real], v[b][:, real], logits, visible, sinks)
-            else:
-                got = query.new_zeros((query.shape[1], 0, v.shape[3]))
-            if out is None:
-                out = query.new_zeros((query.shape[0], self.m, query.shape[1], v.shape[3]))
+            q_row, k_row, v_row = (x[b] if real is None else x[b][:, real] for x in (query, k, v))
+            places.append((b, real))
+            forwards.append(row.layer.forward(q_row, k_row, v_row, logits, visible, sinks))
+        found = together(forwards)
+        if len(self.layer.rows) == 1 and places and places[0][1] is None:
+            return found[0].transpose(0, 1)[None]
+        out = query.new_zeros((query.shape[0], self.m, query.shape[1], v.shape[3]))
+        for (b, real), got in zip(places, found, strict=True):
             out[b, slice(None) if real is None else real] = got.transpose(0, 1)
-        assert out is not None
         return out
 
     def sdpa(self, query: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ISA", "ROWS", "Part", "attend", "dense", "encode", "fits", "observe", "packed", "prefill", "serves"]
+__all__ = [
+    "ISA", "ROWS", "Job", "Part", "dense", "encode", "fits", "job", "observe", "packed", "prefill", "run", "serves",
+]  # fmt: skip
 
 
 def _load() -> Any:
@@ -93,13 +95,18 @@ def packed(
     )  # fmt: skip
 
 
-def attend(
-    h: int, rows: int, dim: int, value_dim: int, parts: list[Part], scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """Attention of R query rows of each of h heads over all parts: out [h, R, Dv] and log-sum-exp [h, R], fp32.
+@dataclass
+class Job:
+    """Attention of some heads that is described but not yet computed: out [h, R, Dv] and log-sum-exp [h, R], fp32."""
 
-    Splits of 512 slots are shared out to as many threads as torch uses; the result is the same bits for any number.
-    """
+    described: tuple[object, ...]
+    out: Tensor
+    lse: Tensor
+    parts: list[Part]  # whose tensors the description points into
+
+
+def job(h: int, rows: int, dim: int, value_dim: int, parts: list[Part], scale: float, softcap: float | None) -> Job:
+    """Attention of R query rows of each of h heads over all parts."""
     out, lse = torch.empty(h, rows, value_dim), torch.empty(h, rows)
     segments = []
     for part in parts:
@@ -107,9 +114,17 @@ def attend(
         if part.logw is not None:
             logw = (part.logw.data_ptr(), part.logw.stride(0) if part.logw.shape[0] > 1 else 0)
         segments.append((part.n, *logw, 0 if part.scores is None else part.scores.data_ptr(), part.keys, part.values))
-    job = (h, rows, dim, value_dim, scale, softcap or 0.0, out.data_ptr(), lse.data_ptr(), segments)
-    _native.attend([job], torch.get_num_threads())
-    return out, lse
+    described = (h, rows, dim, value_dim, scale, softcap or 0.0, out.data_ptr(), lse.data_ptr(), segments)
+    return Job(described, out, lse, parts)
+
+
+def run(jobs: list[Job]) -> None:
+    """Computes jobs, of one sequence or of many, in one call.
+
+    Splits of 512 slots are shared out to as many threads as torch uses; the result is the same bits for any number, and
+    for any other jobs beside it.
+    """
+    _native.attend([each.described for each in jobs], torch.get_num_threads())
 
 
 def _matrix(x: Tensor) -> tuple[int, int, int, int]:
