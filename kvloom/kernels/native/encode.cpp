@@ -27,33 +27,41 @@ inline Level level(const Encode &e, float low, float high, uint8_t *scale, uint8
     return {from, step == 0 ? 1.0f : step};
 }
 
-inline uint8_t code(float x, float zero, float step, float all) {
-    const float c = __builtin_rintf((x - zero) / step);
-    return uint8_t(c > 0 ? (c < all ? c : all) : 0.0f);
+// Codes as floats, in place.
+inline void quantize(float *x, int n, const float *zero, const float *step, float all) {
+    for (int i = 0; i < n; i++) {
+        float c = __builtin_rintf((x[i] - zero[i]) / step[i]);
+        c = c > 0 ? c : 0;
+        x[i] = c < all ? c : all;
+    }
 }
 
-// A row of n codes, a byte each, to n * bits / 8 bytes of planes.
-inline void pack(const uint8_t *codes, int bits, int n, uint8_t *out) {
-    if (bits == 8) return (void)memcpy(out, codes, n);
-    if (bits == 3) {
-        uint8_t part[2 * MAX_DIM];
-        for (int i = 0; i < n; i++) part[i] = codes[i] & 3, part[MAX_DIM + i] = codes[i] >> 2;
-        pack(part, 2, n, out);
-        return pack(part + MAX_DIM, 1, n, out + n / 4);
+// Bytes of n lanes that each hold `per` codes, c[j * far + i] for byte i: out[i] = sum of the j-th << (bits * j). Of codes that
+// are split in two, `part` takes what belongs here.
+template <class Part>
+void planes(const float *c, int64_t far, int per, int bits, int n, Part part, uint8_t *out) {
+    float sum[MAX_DIM];
+    for (int i = 0; i < n; i++) sum[i] = part(c[i]);
+    for (int j = 1; j < per; j++) {
+        const float weight = float(1 << (bits * j)), *from = c + j * far;
+        for (int i = 0; i < n; i++) sum[i] += weight * part(from[i]);
     }
-    const int m = n * bits / 8;
-    for (int i = 0; i < m; i++) out[i] = codes[i];
-    for (int j = 1; j < 8 / bits; j++)
-        for (int i = 0; i < m; i++) out[i] |= uint8_t(codes[j * m + i] << (bits * j));
+    for (int i = 0; i < n; i++) out[i] = uint8_t(int(sum[i]));
+}
+
+// f(bits, bytes before, which part of a code) for the planes that a row of n codes has: 3 bits are a row of 2 and one of 1.
+template <class F>
+void each_row(int bits, int n, F f) {
+    if (bits != 3) return f(bits, 0, [](float c) { return c; });
+    f(2, 0, [](float c) { return c < 4 ? c : c - 4; });
+    f(1, n / 4, [](float c) { return c < 4 ? 0.0f : 1.0f; });
 }
 
 // One group of tokens: all channels at a time.
 void tokens(const Encode &e, int head, int64_t unit) {
     static thread_local Scratch<float> scratch;
-    static thread_local Scratch<uint8_t> byte_scratch;
     const int G = e.group, D = e.dim, bytes = G * e.bits / 8;
-    float *x = scratch.room(size_t(G) * D + 4 * size_t(D)), *low = x + size_t(G) * D, *high = low + D, *zero = high + D, *step = zero + D;
-    uint8_t *codes = byte_scratch.room(size_t(G) * D);
+    float *x = scratch.room(size_t(G) * D), low[MAX_DIM], high[MAX_DIM], zero[MAX_DIM], step[MAX_DIM];
     for (int i = 0; i < G; i++) row_of(e.x, head, unit * G + i, D, x + size_t(i) * D);
     for (int d = 0; d < D; d++) low[d] = high[d] = x[d];
     for (int i = 1; i < G; i++)
@@ -66,28 +74,44 @@ void tokens(const Encode &e, int head, int64_t unit) {
         const Level l = level(e, low[d], high[d], e.scale + 2 * (at + d), e.zero + 2 * (at + d));
         zero[d] = l.zero, step[d] = l.step;
     }
-    const float all = float((1 << e.bits) - 1);
-    for (int i = 0; i < G; i++)
-        for (int d = 0; d < D; d++) codes[size_t(d) * G + i] = code(x[size_t(i) * D + d], zero[d], step[d], all);
-    for (int d = 0; d < D; d++) pack(codes + size_t(d) * G, e.bits, G, e.codes + (at + d) * bytes);
+    for (int i = 0; i < G; i++) quantize(x + size_t(i) * D, D, zero, step, float((1 << e.bits) - 1));
+    uint8_t *to = e.codes + at * bytes, lanes[MAX_DIM];
+    each_row(e.bits, G, [&](int bits, int before, auto part) {
+        const int m = G * bits / 8;
+        for (int i = 0; i < m; i++) {
+            planes(x + size_t(i) * D, int64_t(m) * D, 8 / bits, bits, D, part, lanes);
+            for (int d = 0; d < D; d++) to[d * bytes + before + i] = lanes[d];
+        }
+    });
 }
 
 // One token: its groups of channels.
 void channels(const Encode &e, int head, int64_t t) {
     const int G = e.group, D = e.dim, groups = D / G, bytes = D * e.bits / 8;
-    alignas(64) float x[MAX_DIM];
-    alignas(64) uint8_t codes[MAX_DIM];
+    alignas(64) float x[MAX_DIM], zero[MAX_DIM], step[MAX_DIM];
     row_of(e.x, head, t, D, x);
     const int64_t row = int64_t(head) * e.n + t;
-    const float all = float((1 << e.bits) - 1);
     for (int g = 0; g < groups; g++) {
-        float low = x[g * G], high = low;
-        for (int d = g * G + 1; d < (g + 1) * G; d++) low = x[d] < low ? x[d] : low, high = x[d] > high ? x[d] : high;
+        const float *from = x + g * G;
+        float low = from[0], high = low;
+        int d = 0;
+        if (G >= W) {
+            vf least = load(from), most = least;
+            for (d = W; d + W <= G; d += W) least = smaller(load(from + d), least), most = larger(load(from + d), most);
+            least = -least;
+            tops<1>(&least, &low), tops<1>(&most, &high);
+            low = -low;
+        }
+        for (; d < G; d++) low = from[d] < low ? from[d] : low, high = from[d] > high ? from[d] : high;
         const int64_t at = row * groups + g;
         const Level l = level(e, low, high, e.scale + 2 * at, e.zero + 2 * at);
-        for (int d = g * G; d < (g + 1) * G; d++) codes[d] = code(x[d], l.zero, l.step, all);
+        for (int i = g * G; i < (g + 1) * G; i++) zero[i] = l.zero, step[i] = l.step;
     }
-    pack(codes, e.bits, D, e.codes + row * bytes);
+    quantize(x, D, zero, step, float((1 << e.bits) - 1));
+    each_row(e.bits, D, [&](int bits, int before, auto part) {
+        const int m = D * bits / 8;
+        planes(x, m, 8 / bits, bits, m, part, e.codes + row * bytes + before);
+    });
 }
 
 }  // namespace

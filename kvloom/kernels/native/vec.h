@@ -83,6 +83,9 @@ inline uint16_t to_bfloat16(float x) {  // to the nearest, ties to even
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 inline uint16_t to_float16(float x) {
+#if defined(__F16C__)
+    return uint16_t(_mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(x), 0), 0));
+#endif
     uint32_t bits;
     memcpy(&bits, &x, 4);
     const uint32_t sign = bits >> 16 & 0x8000;
@@ -158,6 +161,8 @@ inline vf larger(vf a, vf b) {
     return select(a > b, a, b);
 #endif
 }
+inline vf smaller(vf a, vf b) { return -larger(-a, -b); }
+
 // The greatest numbers of R vectors.
 template <int R>
 void tops(const vf *x, float *out) {
