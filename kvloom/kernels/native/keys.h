@@ -77,11 +77,13 @@ void key_rows(const Run &run, const float *q, int head, int64_t a, int64_t b, in
     case TOKENS: {
         const int G = run.group;
         alignas(64) float scale[MAX_DIM], zero[MAX_DIM];
+        const int64_t bytes = int64_t(D) * G * run.bits / 8;
+        const uint8_t *scales = run.scale + head * run.scale_head, *zeros = run.zero + head * run.zero_head;
         for (int64_t u = a / G; u * G < b; u++) {
-            numbers(run.small, run.scale + head * run.scale_head, u * D, D, scale);
-            numbers(run.small, run.zero + head * run.zero_head, u * D, D, zero);
+            ask(data + (u + 1) * bytes, bytes), ask(scales + (u + 1) * D * 2, D * 2), ask(zeros + (u + 1) * D * 2, D * 2);
+            numbers(run.small, scales, u * D, D, scale), numbers(run.small, zeros, u * D, D, zero);
             const int from = u * G < a ? int(a - u * G) : 0, to = (u + 1) * G > b ? int(b - u * G) : G;
-            packed_dot<R>(q, data + u * D * (G * run.bits / 8), scale, zero, run.bits, G, D, from, to, s + (u * G + from - a),
+            packed_dot<R>(q, data + u * bytes, scale, zero, run.bits, G, D, from, to, s + (u * G + from - a),
                           stride);
         }
         return;

@@ -84,6 +84,11 @@ inline void unpack(const uint8_t *row, int bits, int n, uint8_t *out) {
     }
 }
 
+// Asks memory for bytes that are needed soon.
+inline void ask(const uint8_t *from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64) __builtin_prefetch(from + i);
+}
+
 template <class T>
 void convert(const T *from, int count, float *out) {
     int i = 0;

@@ -67,15 +67,18 @@ void packed_mix(const float *p, int stride, const Run &run, int head, int64_t t0
     alignas(64) float scale[TILE * (MAX_DIM / 8)], zero[TILE * (MAX_DIM / 8)];
     static thread_local Scratch<float> scratch;
     float *weights = scratch.room(size_t(groups) * R * TILE), base[R];  // [groups, R, TILE]
-    columns(run.small, run.scale + head * run.scale_head, t0, n, groups, scale);
-    columns(run.small, run.zero + head * run.zero_head, t0, n, groups, zero);
+    const uint8_t *codes = run.data + head * run.head, *scales = run.scale + head * run.scale_head;
+    const uint8_t *zeros = run.zero + head * run.zero_head;
+    ask(codes + (t0 + n) * row, n * row), ask(scales + (t0 + n) * groups * 2, n * groups * 2);
+    ask(zeros + (t0 + n) * groups * 2, n * groups * 2);
+    columns(run.small, scales, t0, n, groups, scale), columns(run.small, zeros, t0, n, groups, zero);
     for (int g = 0; g < groups; g++) {
         fold<R, TILE>(p, stride, scale + g * TILE, zero + g * TILE, n, weights + g * R * TILE, base);
         for (int r = 0; r < R; r++)
             for (int d = g * G; d < (g + 1) * G; d++) out[r * D + d] += base[r];
     }
     each_lanes<R, TILE>(
-        run.data + head * run.head + t0 * row, run.bits, D, n, [&](int first) { return weights + first / G * R * TILE; },
+        codes + t0 * row, run.bits, D, n, [&](int first) { return weights + first / G * R * TILE; },
         [&](int first, const float *sums) {
             for (int r = 0; r < R; r++) {
                 float *mine = out + r * D + first;
