@@ -7,7 +7,7 @@ kernels behind `launch`. Triton is imported when a kernel first runs.
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -21,8 +21,21 @@ __all__ = [
     "prefill", "serves", "window_lse", "window_mass",
 ]  # fmt: skip
 
-available = find_spec("triton") is not None and os.environ.get("KVLOOM_KERNELS") != "torch"
 MOST = 256  # channels of a head
+OLDEST = (3, 5)  # Triton: older ones multiply no fewer than 16 query rows
+
+
+def _triton() -> tuple[int, ...]:
+    """The version of Triton that is installed; (0,) without it."""
+    for name in ("triton", "pytorch-triton"):
+        try:
+            return tuple(int(x) for x in version(name).split(".")[:2])
+        except PackageNotFoundError:
+            continue
+    return (0,)
+
+
+available = _triton() >= OLDEST and os.environ.get("KVLOOM_KERNELS") != "torch"
 
 
 def serves(q: Tensor, value_dim: int) -> bool:
