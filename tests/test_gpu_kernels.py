@@ -161,10 +161,11 @@ class TestKernels:
         c[0].keys = [gpu.dense(c[2].float(), b[1])]
         parts = ([a[0]], [b[0], c[0]], [], [d[0]])
         jobs = [
-            gpu.Job(h, 2, 64, 64, x, 0.2, cap)
+            gpu.job(h, 2, 64, 64, x, 0.2, cap)
             for h, x, cap in zip((1, 3, 2, 1), parts, (None, None, None, 9.0), strict=True)
         ]
-        found = gpu.attend_many(jobs)
+        gpu.run(jobs)
+        found = [(job.out, job.lse) for job in jobs]
         check(*a, *found[0])
         check(*d, *found[3], softcap=9.0)
         s, v = logits(b[1], torch.cat([b[2], c[2]], 1), 0.2, None), torch.cat([b[3], c[3]], 1)
@@ -206,7 +207,8 @@ class TestKernels:
             (1, 2, 3, 4, 8) if CUDA else {torch.float32: (2, 8), torch.float16: (4,), torch.bfloat16: (3, 1)}[dtype]
         ):
             block = MinMax(bits, group, along).encode(x, {})
-            for name, mine in zip(PLANES, gpu.encode_minmax(x.to(DEVICE), bits, group, along), strict=True):
+            found = gpu.encode(x.to(DEVICE), along, bits, group or dim)
+            for name, mine in zip(PLANES, found, strict=True):
                 assert mine.dtype == block[name].dtype and torch.equal(mine.cpu(), block[name]), (bits, name)
 
     @pytest.mark.parametrize(
@@ -217,22 +219,23 @@ class TestKernels:
     def test_mass(self, dtype: torch.dtype, softcap: float | None, past: int, n: int, m: int, dim: int) -> None:
         """Attention summed over the rows of a forward, and over a window whose slots are in any order and weighed."""
         torch.manual_seed(0)
-        q, k = torch.randn(2, 2, m, dim, device=DEVICE).to(dtype), torch.randn(2, n, dim, device=DEVICE).to(dtype)
-        lse, scale = torch.rand(2, 2, m, device=DEVICE) + 4, dim**-0.5
-        s = logits(q, k[:, None], scale, softcap)
+        q, k = torch.randn(4, m, dim, device=DEVICE).to(dtype), torch.randn(2, n, dim, device=DEVICE).to(dtype)
+        lse, scale = torch.rand(4, m, device=DEVICE) + 4, dim**-0.5
+        s = logits(q, k.repeat_interleave(2, 0), scale, softcap)
         row, slot = torch.arange(m, device=DEVICE), torch.arange(n, device=DEVICE)
-        expected = ((s - lse[..., None]).exp() * (slot < past + row[:, None] + 1)).sum(2)
-        found = gpu.column_mass(q, k, lse, scale, softcap, past)
+        expected = ((s - lse[..., None]).exp() * (slot <= past + row[:, None])).sum(1)
+        found = gpu.observe(q, k, lse, scale, past, softcap)
         assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
         heads = 1 if softcap else 2
         index = torch.randint(0, 200, (heads, n), dtype=torch.int32, device=DEVICE)
         last = torch.randint(100, 200, (m,), dtype=torch.int32, device=DEVICE)
         logw = torch.randn(heads, n, device=DEVICE)
-        s = (s + logw[:, None, None]).masked_fill(index[:, None, None] > last[:, None], -torch.inf)
+        hidden, extra = (x.expand(2, n).repeat_interleave(2, 0)[:, None] for x in (index, logw))
+        s = (s + extra).masked_fill(hidden > last[:, None], -torch.inf)
         lse = gpu.window_lse(q, k, index, last, scale, softcap, logw)
         assert torch.allclose(lse.double(), s.logsumexp(-1), atol=1e-5)
         found = gpu.window_mass(q, k, lse, index, last, scale, softcap, logw)
-        assert torch.allclose(found.double(), s.softmax(-1).sum(2), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(found.double(), s.softmax(-1).sum(1), rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize(
         ("dtype", "softcap", "causal", "n", "m", "dim", "value_dim"),

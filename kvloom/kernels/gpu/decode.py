@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 from kvloom.kernels.gpu.runs import Packed, PartLike, Run, Stretch, cut
+from kvloom.kernels.gpu.serving import ROWS
 
-__all__ = ["Job", "attend", "attend_many"]
+__all__ = ["Job", "attend", "job", "run"]
 
-ROWS = 64  # query rows of one program
 WIDEST = 128  # groups of more tokens than this are read code by code
 PROGRAMS = 16  # per multiprocessor: enough that those which end last leave little idle
 MAGIC = 0x43800000  # the bits of 256.0, see `tiles.OFFSET`; an argument, since one instruction can't hold two constants
 
 
-class Job(NamedTuple):
-    """One call of `attend`."""
+@dataclass(eq=False)
+class Job:
+    """Attention of R query rows of each of h heads over all parts; `run` adds out [h, R, Dv] and lse [h, R], fp32."""
 
     heads: int
     rows: int
@@ -33,6 +34,8 @@ class Job(NamedTuple):
     parts: Sequence[PartLike]
     scale: float
     softcap: float | None
+    out: Tensor = field(init=False)
+    lse: Tensor = field(init=False)
 
 
 class Stored(NamedTuple):
@@ -76,41 +79,48 @@ class Launch:
 FREE = Stored("dense", torch.uint8)  # leads where no plane does: every slot has a place of its own
 
 
+def job(
+    h: int, rows: int, dim: int, value_dim: int, parts: Sequence[PartLike], scale: float, softcap: float | None
+) -> Job:
+    """Attention of R query rows of each of h heads over all parts."""
+    return Job(h, rows, dim, value_dim, parts, scale, softcap)
+
+
 def attend(
     h: int, rows: int, dim: int, value_dim: int, parts: Sequence[PartLike], scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of R query rows of each of h heads over all parts: out [h, R, Dv] and log-sum-exp [h, R], fp32."""
-    return attend_many([Job(h, rows, dim, value_dim, parts, scale, softcap)])[0]
+    """`job` and `run` in one: out [h, R, Dv] and log-sum-exp [h, R], fp32."""
+    mine = job(h, rows, dim, value_dim, parts, scale, softcap)
+    run([mine])
+    return mine.out, mine.lse
 
 
-def attend_many(jobs: Sequence[Job]) -> list[tuple[Tensor, Tensor]]:
-    """`attend` for many jobs: a launch for each way in which keys and values are stored, and one that merges."""
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for i, job in enumerate(jobs):
-        alike.setdefault((job.rows, job.dim, job.value_dim, job.scale, job.softcap), []).append(i)
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    for where in alike.values():
-        found.update(zip(where, _attend([jobs[i] for i in where]), strict=True))
-    return [found[i] for i in range(len(jobs))]
+def run(jobs: Sequence[Job]) -> None:
+    """Computes jobs, of one sequence or of many: a launch for each way of storing keys and values, and one that merges."""
+    alike: dict[tuple[Any, ...], list[Job]] = {}
+    for each in jobs:
+        alike.setdefault((each.rows, each.dim, each.value_dim, each.scale, each.softcap), []).append(each)
+    for group in alike.values():
+        _run(group)
 
 
-def _attend(jobs: list[Job]) -> list[tuple[Tensor, Tensor]]:
+def _run(jobs: list[Job]) -> None:
     """Jobs that differ only in their heads and parts."""
     launches: dict[Like, Launch] = {}
-    device = None
-    for i, job in enumerate(jobs):
-        for part in job.parts:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for i, each in enumerate(jobs):
+        for part in each.parts:
             for stretch in cut(part):
                 device = stretch.key.tensors[0].device
-                _file(launches, i, part, stretch, job.heads)
-    if device is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    heads, rows = [job.heads for job in jobs], jobs[0].rows
+                _file(launches, i, part, stretch, each.heads)
+    heads, rows = [each.heads for each in jobs], jobs[0].rows
     out = torch.empty(sum(heads), rows, jobs[0].value_dim, device=device)
     lse = torch.empty(sum(heads), rows, device=device)
     with torch.cuda.device_of(out):
-        _run(launches, jobs, out, lse)
-    return list(zip(out.split(heads), lse.split(heads), strict=True))
+        _launch(launches, jobs, out, lse)
+    outs, lses = out.split(heads), lse.split(heads)
+    for i, each in enumerate(jobs):
+        each.out, each.lse = outs[i], lses[i]
 
 
 def _file(launches: dict[Like, Launch], i: int, part: PartLike, stretch: Stretch, heads: int) -> None:
@@ -126,7 +136,7 @@ def _file(launches: dict[Like, Launch], i: int, part: PartLike, stretch: Stretch
         value = value._replace(kind="gather", unit=1)
     launch = launches.setdefault(Like(key, value, lead, q.dtype, logw is not None, scores is not None), Launch())
     launch.near = tuple(a | b for a, b in zip(launch.near, near_keys + near_values, strict=True))
-    row = [stretch.n, heads, 0, 0, 0, q.data_ptr(), 0, 0, 0, 0, phase, *keys, *values, 0]  # 2 to 4: see `_run`
+    row = [stretch.n, heads, 0, 0, 0, q.data_ptr(), 0, 0, 0, 0, phase, *keys, *values, 0]  # 2 to 4: see `_launch`
     if logw is not None:
         row[6:8] = _address(logw, stretch.start, 1), logw.stride(0) if logw.shape[0] > 1 else 0
     if scores is not None:
@@ -162,11 +172,11 @@ def _address(x: Tensor, at: int, dim: int) -> int:
     return x.data_ptr() + at * x.stride(dim) * x.itemsize
 
 
-def _run(launches: dict[Like, Launch], jobs: list[Job], out: Tensor, lse: Tensor) -> None:
+def _launch(launches: dict[Like, Launch], jobs: list[Job], out: Tensor, lse: Tensor) -> None:
     """Numbers the splits, sends the table and launches."""
     from kvloom.kernels.gpu import split as kernels  # Triton is imported where it is needed: that takes a while
 
-    _, rows, dim, value_dim, _, scale, softcap = jobs[0]
+    rows, dim, value_dim, softcap = jobs[0].rows, jobs[0].dim, jobs[0].value_dim, jobs[0].softcap
     blocks = -(-rows // ROWS)
     made = {
         like: _constants(like, dim, value_dim, rows, tuple(x & -x for x in launch.near), out.is_cuda)
@@ -203,7 +213,7 @@ def _run(launches: dict[Like, Launch], jobs: list[Job], out: Tensor, lse: Tensor
             len(launch.rows),
         )
         kernels.split[grid](
-            numbers[at:], parts, partial, scale, softcap or 1.0, rows, MAGIC, lengths[like], CAPPED=softcap is not None,
+            numbers[at:], parts, partial, jobs[0].scale, softcap or 1.0, rows, MAGIC, lengths[like], CAPPED=softcap is not None,
             **made[like],
         )  # fmt: skip
         at += len(launch.rows) * len(launch.rows[0])

@@ -9,7 +9,7 @@ LOWEST = tl.constexpr(-3.0e38)
 
 @triton.jit(do_not_specialize=["m", "n", "past"])
 def mass(
-    q, k, lse, out, logw, index, last, scale, softcap, g, m, n, past, q_head, q_group, q_row, k_head, k_row, logw_head,
+    q, k, lse, out, logw, index, last, scale, softcap, g, m, n, past, q_head, q_row, k_head, k_row, logw_head,
     index_head, D: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr, M: tl.constexpr, TYPE: tl.constexpr,
     WEIGHED: tl.constexpr, INDEXED: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -25,7 +25,7 @@ def mass(
     x = tl.arange(0, WIDTH)
     keys = k + kv * k_head + slot.to(tl.int64)[:, None] * k_row + x[None, :]
     keys = tl.load(keys, (slot < n)[:, None] & (x < D)[None, :], other=0.0).to(TYPE)
-    q += kv * q_head + (head % g).to(tl.int64) * q_group
+    q += head.to(tl.int64) * q_head
     extra, place = tl.zeros([N], tl.float32), slot
     if WEIGHED:
         extra = tl.load(logw + kv * logw_head + slot, slot < n, other=0.0)

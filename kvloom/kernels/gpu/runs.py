@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "Dense", "Packed", "PartLike", "Run", "Stretch", "cut", "dense", "packed"]
+from kvloom.kernels.gpu.serving import DTYPES
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+__all__ = ["Dense", "Packed", "PartLike", "Run", "Stretch", "cut", "dense", "packed"]
 
 
 @dataclass(frozen=True, eq=False)

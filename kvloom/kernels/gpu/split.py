@@ -7,7 +7,10 @@ import triton.language as tl
 
 from kvloom.kernels.gpu import tiles
 
-FIELDS = tl.constexpr(26)  # numbers per stretch in the table that `split` reads; `decode.py` writes them in this order
+# Numbers per stretch in the table that `split` reads: slots, heads, first part, parts per row, first split; address of
+# queries; of log-weights, their head stride; of logits, their row stride; slots before the first in its group; then for keys
+# and for values: addresses and head strides in bytes of codes, scales and minima, slots before the first in its group; 0
+FIELDS = tl.constexpr(26)
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 LOWEST = tl.constexpr(-3.0e38)  # the running maximum before any slot: finite, so that hidden slots give 0 and not NaN
 
@@ -67,7 +70,7 @@ def split(
     at = row[None, :] * D + tiles.rank(x, D, WIDTH, kplanes)[:, None]
     q = tl.load(stretch + 5).to(tl.pointer_type(QUERY)) + head * rows * D + at
     q = tl.load(q, (row < rows)[None, :] & tiles.real(x, D, WIDTH, kplanes)[:, None], other=0.0).to(TYPE)
-    weighed, emit, wide = tl.load(stretch + 6) != 0, tl.load(stretch + 8) != 0, tl.load(stretch + 9)
+    wide = tl.load(stretch + 9)
     logw = tl.load(stretch + 6).to(tl.pointer_type(tl.float32)) + head * tl.load(stretch + 7)
     scores = tl.load(stretch + 8).to(tl.pointer_type(tl.float32)) + head * rows * wide
     kword: tl.constexpr = KSTORED if KKIND == "dense" else (tl.uint32 if KUNIT == 4 else tl.uint8)
@@ -107,9 +110,9 @@ def split(
         if CAPPED:
             s = softcap - 2 * softcap / (1 + tl.exp(2 / softcap * s))  # a tanh that no backend lacks
         if WEIGHED:
-            s += tl.load(logw + t, ok & weighed, other=0.0)[:, None]
+            s += tl.load(logw + t, ok, other=0.0)[:, None]
         if EMIT:
-            tl.store(scores + row[None, :] * wide + t[:, None], s, (row < rows)[None, :] & (ok & emit)[:, None])
+            tl.store(scores + row[None, :] * wide + t[:, None], s, (row < rows)[None, :] & ok[:, None])
         s = tl.where(ok[:, None], s, -float("inf"))
         higher = tl.maximum(top, tl.max(s, 0))
         p = tl.exp(s - higher[None, :])
