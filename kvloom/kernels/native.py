@@ -1,7 +1,7 @@
 """The compiled kernels: decode attention over whatever a group of heads holds, in one call.
 
 Without the compiled part, or with KVLOOM_KERNELS=torch, `reference` does the same. KVLOOM_ISA picks an instruction set
-("portable", "avx2", "avx512", "avx512vnni"); without it, the best that was tested. Packed codes of few bits are
+("portable", "avx2", "avx512", "avx512vnni", "avx512bf16"); without it, the best that the machine has. Packed codes of few bits are
 multiplied in whole numbers, by queries and weights rounded to 8 bits, where that is faster; KVLOOM_DOT=float forbids it,
 KVLOOM_DOT=int8 does so for 4 bits too.
 """
@@ -44,9 +44,9 @@ if _native is None:
         "kvloom was installed without compiled kernels: results are the same, decoding is slower. "
         "Install a C++17 compiler, then kvloom again; `kvloom doctor` shows what runs."
     )
-# What packed codes are multiplied by, "int8" or "float", and up to how many bits: at 4, only VNNI makes up for the rounding.
+# What packed codes are multiplied by, "int8" or "float", and up to how many bits: at 4, rounding takes what is gained.
 DOT = "int8" if ISA and _native.whole and os.environ.get("KVLOOM_DOT") != "float" else "float"
-WHOLE_BITS = 4 if ISA == "avx512vnni" or os.environ.get("KVLOOM_DOT") == "int8" else 3
+WHOLE_BITS = 4 if os.environ.get("KVLOOM_DOT") == "int8" else 3
 ROWS = 64  # query rows of a KV head that one call takes; a fused kernel of torch is better at more
 _KIND = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 Described = tuple[int, ...]  # a run as `native/module.cpp` reads it: kind, slots, addresses, strides in bytes

@@ -108,10 +108,14 @@ std::vector<Set> sets() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         out.push_back({"avx2", avx2::whole, avx2::attend, avx2::merge, avx2::prefill, avx2::observe, avx2::encode});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        out.push_back({"emulated", emulated::whole, emulated::attend, emulated::merge, emulated::prefill, emulated::observe, emulated::encode});
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         out.push_back({"avx512", avx512::whole, avx512::attend, avx512::merge, avx512::prefill, avx512::observe, avx512::encode});
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl"))
         out.push_back({"avx512vnni", avx512vnni::whole, avx512vnni::attend, avx512vnni::merge, avx512::prefill, avx512::observe, avx512::encode});
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl"))
+        out.push_back({"avx512bf16", avx512bf16::whole, avx512bf16::attend, avx512bf16::merge, avx512bf16::prefill, avx512bf16::observe, avx512::encode});
 #endif
     return out;
 }
@@ -161,7 +165,8 @@ void decode(const Set &set, Kind key, Kind value, int bits, int group, int rows,
     if (quick && below(4)) return;
     Plane k = make(key, h, n, D, bits, group, small), v = make(value, h, n, V, bits, group, small);
     std::vector<float> q(h * rows * D), out(h * rows * V), lse(h * rows), logw(n), scores(h * rows * n);
-    for (auto &x : q) x = normal();
+    const bool exact = below(2);  // queries of the keys' dtype may be multiplied otherwise
+    for (auto &x : q) x = exact ? round_to(key, normal()) : normal();
     for (auto &x : logw) x = normal();
     k.run.q = q.data(), k.run.whole = v.run.whole = whole;
     Rounding of_logits, of_values;
@@ -281,11 +286,11 @@ void encoded(const std::vector<Set> &all, bool tokens, int bits, int group, int 
 
 }  // namespace
 
-int main(int argc, char **argv) {  // [set] [quick]
+int main(int argc, char **argv) {  // [set or all] [quick]
     const auto all = sets();
     quick = argc > 2 && std::string(argv[2]) == "quick";
     for (const Set &set : all) {
-        if (argc > 1 && std::string(argv[1]) != set.name) continue;
+        if (argc > 1 && std::string(argv[1]) != "all" && std::string(argv[1]) != set.name) continue;
         for (Kind kind : {FLOAT32, FLOAT16, BFLOAT16})
             for (int D : {8, 64, 72, 80, 128})
                 for (int rows : {1, 3, 4, 7}) decode(set, kind, kind, 4, 32, rows, D, D == 72 ? 40 : D, FLOAT16);

@@ -27,10 +27,7 @@ template <int R>
 void rows(const Job &job, const Segment &segment, int head, int first, int64_t start, int64_t stop, float *s, Partial part) {
     const int n = int(stop - start), D = job.dim;
     each_run(segment.keys, start, stop, [&](const Run &run, int64_t a, int64_t b, int64_t at) {
-        alignas(64) float q[R * MAX_DIM];
-        const float *from = run.q + (int64_t(head) * job.rows + first) * D;
-        for (int i = 0; i < R * D; i++) q[i] = from[i] * job.scale;
-        key_rows<R>(run, q, head, a, b, D, s + at, SPLIT);
+        key_rows<R>(run, run.q + (int64_t(head) * job.rows + first) * D, job.scale, head, a, b, D, s + at, SPLIT);
     });
     for (int r = 0; r < R; r++) {
         float *mine = s + r * SPLIT;

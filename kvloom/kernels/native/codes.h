@@ -54,7 +54,7 @@ inline vi right(vi x, vi by) {
 // bytes that are loaded of a row (HIGH 0: none); BITS is 4 where a pair is the two halves of whole vectors of bytes, 8 where
 // it is neighbouring bytes, else 0.
 template <int BITS, int LOW, int HIGH, int R, int STRIDE, bool SAME>
-__attribute__((noinline)) void multiply(const Pair &pair, int bits, int rows, const float *w, const float *other, float *out) {
+KVLOOM_APART void multiply(const Pair &pair, int bits, int rows, const float *w, const float *other, float *out) {
     constexpr int TOP = HIGH ? HIGH : W;
     const uint8_t *low = pair.low, *high = pair.high;
     const int64_t stride = pair.stride;

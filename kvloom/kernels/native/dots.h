@@ -182,6 +182,18 @@ inline void side_by_side(const uint8_t *data, int bits, int n, int rows, uint8_t
     }
 }
 
+#if defined(__AVX512VNNI__) || defined(EMULATED)
+#define FOURS
+// sum + the four products of each lane's bytes, the first of them unsigned.
+inline __m256i add_fours(__m256i sum, __m256i codes, __m256i weights) {
+#if defined(__AVX512VNNI__)
+    return _mm256_dpbusd_epi32(sum, codes, weights);
+#else  // the same for codes of up to 7 bits: two products fit in 16
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, weights), _mm256_set1_epi16(1)));
+#endif
+}
+#endif
+
 // total[r] = sum over rows of 8 V neighbouring lanes; codes as from `side_by_side`, `stride` bytes from four rows to the next.
 template <int R, int V, int STRIDE>
 inline void multiply_whole(const uint8_t *codes, int64_t stride, int rows, int bits, const Whole<R, STRIDE> &by, __m256 (*total)[V]) {
@@ -206,8 +218,8 @@ inline void multiply_whole(const uint8_t *codes, int64_t stride, int rows, int b
                     const __m256i weight = _mm256_set1_epi32(four);
 #pragma GCC unroll 2
                     for (int v = 0; v < V; v++) {
-#if defined(__AVX512VNNI__)
-                        sum[r][v] = _mm256_dpbusd_epi32(sum[r][v], code[v], weight);
+#if defined(FOURS)
+                        sum[r][v] = add_fours(sum[r][v], code[v], weight);
 #else
                         sum[r][v] = _mm256_add_epi16(sum[r][v], _mm256_maddubs_epi16(code[v], weight));
                         asm("" : "+x"(sum[r][v]));  // GCC would add in another order, which takes more registers than there are
@@ -221,7 +233,7 @@ inline void multiply_whole(const uint8_t *codes, int64_t stride, int rows, int b
             const __m256 step = _mm256_set1_ps(by.steps[b][r]);
 #pragma GCC unroll 2
             for (int v = 0; v < V; v++) {
-#if !defined(__AVX512VNNI__)
+#if !defined(FOURS)
                 sum[r][v] = _mm256_madd_epi16(sum[r][v], _mm256_set1_epi16(1));
 #endif
                 total[r][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][v]), step, total[r][v]);

@@ -30,7 +30,7 @@ inline Level level(const Encode &e, float low, float high, uint8_t *scale, uint8
 // Codes as floats, in place.
 inline void quantize(float *x, int n, const float *zero, const float *step, float all) {
     for (int i = 0; i < n; i++) {
-        float c = __builtin_rintf((x[i] - zero[i]) / step[i]);
+        float c = std::rint((x[i] - zero[i]) / step[i]);
         c = c > 0 ? c : 0;
         x[i] = c < all ? c : all;
     }

@@ -94,5 +94,7 @@ KVLOOM_KERNELS(portable)
 KVLOOM_KERNELS(avx2)
 KVLOOM_KERNELS(avx512)
 KVLOOM_KERNELS(avx512vnni) /* attend and merge alone */
+KVLOOM_KERNELS(avx512bf16) /* all but encode */
+KVLOOM_KERNELS(emulated)   /* for tests: the last two's algorithms on AVX2, their instructions in several */
 
 }  // namespace kvloom

@@ -18,7 +18,7 @@ void dense_dot(const float *q, const T *k, int64_t n, int D, float *s, int strid
     int64_t t = 0;
     for (; t + 2 <= n; t += 2) {
         const T *k0 = k + t * D, *k1 = k0 + D;
-        for (int d = 0; d < 2 * D; d += 64 / int(sizeof(T))) __builtin_prefetch(k0 + d + AHEAD / sizeof(T));
+        for (int d = 0; d < 2 * D; d += 64 / int(sizeof(T))) prefetch(k0 + d + AHEAD / sizeof(T));
         vf a[R] = {}, b[R] = {};
         for (int d = 0; d < whole; d += W) {
             const vf x = load(k0 + d), y = load(k1 + d);
@@ -43,6 +43,44 @@ void dense_dot(const float *q, const T *k, int64_t n, int D, float *s, int strid
             for (int d = whole; d < D; d++) x += q[r * D + d] * scalar(k + t * D + d);
             s[r * stride + t] = x;
         }
+}
+
+// Queries [R, D] as pairs of bfloat16; false where that would round one.
+inline bool paired(const float *q, int n, uint32_t *out) {
+    uint32_t lost = 0;
+    for (int i = 0; i < n; i += 2) {
+        uint32_t x[2];
+        memcpy(x, q + i, 8);
+        lost |= (x[0] | x[1]) & 0xffff;
+        out[i / 2] = x[0] >> 16 | (x[1] & 0xffff0000u);
+    }
+    return lost == 0;
+}
+
+// The same for bfloat16 keys and queries that are bfloat16 as well, both in pairs, before `scale`: no product is rounded.
+template <int R>
+void paired_dot(const uint32_t *q, const uint8_t *k, int64_t n, int D, float scale, float *s, int stride) {
+    const int pairs = D / 2, whole = pairs / W * W;
+    for (int64_t t = 0; t < n; t++) {
+        const uint8_t *key = k + t * D * 2;
+        for (int d = 0; d < D * 2; d += 64) prefetch(key + d + AHEAD);
+        vf a[R] = {};
+        for (int d = 0; d < whole; d += W) {
+            const vu x = load(reinterpret_cast<const uint32_t *>(key + d * 4));
+            for (int r = 0; r < R; r++) a[r] = add(a[r], load(q + r * pairs + d), x);
+        }
+        if (whole < pairs) {
+            uint32_t rest[W] = {}, other[W] = {};
+            memcpy(rest, key + whole * 4, (pairs - whole) * 4);
+            for (int r = 0; r < R; r++) {
+                memcpy(other, q + r * pairs + whole, (pairs - whole) * 4);
+                a[r] = add(a[r], load(other), load(rest));
+            }
+        }
+        float x[R];
+        sums<R>(a, x);
+        for (int r = 0; r < R; r++) s[r * stride + t] = x[r] * scale;
+    }
 }
 
 // One unit of keys packed along tokens: the slots [from, to) of it. The scale of a channel folds into the query, its minimum
@@ -88,8 +126,16 @@ void packed_dot_whole(const float *q, const uint8_t *data, const float *scale, c
 }
 #endif
 
+// Logits of queries `from` [R, D] times `scale` against the slots [a, b) of a run.
 template <int R>
-void key_rows(const Run &run, const float *q, int head, int64_t a, int64_t b, int D, float *s, int stride) {
+void key_rows(const Run &run, const float *from, float scale_by, int head, int64_t a, int64_t b, int D, float *s, int stride) {
+    if constexpr (PAIRS) {
+        alignas(64) uint32_t pairs[R * MAX_DIM / 2];
+        if (run.kind == BFLOAT16 && paired(from, R * D, pairs))
+            return paired_dot<R>(pairs, run.data + head * run.head + a * D * 2, b - a, D, scale_by, s, stride);
+    }
+    alignas(64) float q[R * MAX_DIM];
+    for (int i = 0; i < R * D; i++) q[i] = from[i] * scale_by;
     const uint8_t *data = run.data + head * run.head;
     switch (run.kind) {
     case FLOAT32: return dense_dot<R>(q, reinterpret_cast<const F32 *>(data) + a * D, b - a, D, s, stride);

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "entropy.h"
 #include "job.h"
 #include "pool.h"
 
@@ -28,15 +29,24 @@ struct Kernels {
 Kernels best() {
     const char *asked = std::getenv("KVLOOM_ISA");
     const std::string name = asked ? asked : "";
-#if defined(__x86_64__)
+#if defined(KVLOOM_X86)
     __builtin_cpu_init();
     const bool has2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool has512 = has2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (has512 && __builtin_cpu_supports("avx512vnni") && name == "avx512vnni")  // only when asked for: no machine has run it
+    const bool vnni = has512 && __builtin_cpu_supports("avx512vnni");
+    // A set that the machine lacks stands for the next one that it has.
+    const std::string order[] = {"avx512bf16", "avx512vnni", "avx512", "avx2"};
+    int from = 0;
+    while (from < 4 && !name.empty() && name != order[from]) from++;
+#if defined(KVLOOM_BF16)
+    if (vnni && __builtin_cpu_supports("avx512bf16") && from <= 0)
+        return {"avx512bf16", avx512bf16::whole, avx512bf16::attend, avx512bf16::merge, avx512bf16::prefill, avx512bf16::observe, avx512::encode};
+#endif
+    if (vnni && from <= 1)
         return {"avx512vnni", avx512vnni::whole, avx512vnni::attend, avx512vnni::merge, avx512::prefill, avx512::observe, avx512::encode};
-    if (has512 && (name.empty() || name == "avx512" || name == "avx512vnni")) return KERNELS_OF(avx512);
-    if (has2 && (name.empty() || name == "avx2" || name == "avx512" || name == "avx512vnni")) return KERNELS_OF(avx2);
+    if (has512 && from <= 2) return KERNELS_OF(avx512);
+    if (has2 && from <= 3) return KERNELS_OF(avx2);
 #endif
     return KERNELS_OF(portable);
 }
@@ -172,6 +182,10 @@ void many_rows(const Prefill &p, bool observed, int threads) {
     });
 }
 
+Matrix8 bytes_of(PyObject *t, int first) {
+    return {pointer<uint8_t>(t, first), number(t, first + 1), number(t, first + 2), number(t, first + 3)};
+}
+
 }  // namespace
 
 }  // namespace kvloom
@@ -211,4 +225,37 @@ NB_MODULE(_native, m) {
             encode(e, threads);
         },
         nb::arg("job"), nb::arg("threads"));
+    m.def(
+        "entropy_encode",
+        [](nb::list matrices, int threads) {
+            std::vector<Matrix8> from;
+            for (Py_ssize_t i = 0; i < PyList_GET_SIZE(matrices.ptr()); i++) {
+                check(PyList_GET_ITEM(matrices.ptr(), i), 4);
+                from.push_back(bytes_of(PyList_GET_ITEM(matrices.ptr(), i), 0));
+            }
+            if (PyErr_Occurred()) throw nb::python_error();
+            std::vector<std::vector<uint8_t>> codes(from.size());
+            {
+                nb::gil_scoped_release release;
+                Pool::get().run(int(from.size()), threads, [&](int i) { codes[i] = entropy_encode(from[i]); });
+            }
+            nb::list out;
+            for (const auto &code : codes) out.append(nb::bytes(code.data(), code.size()));
+            return out;
+        },
+        nb::arg("matrices"), nb::arg("threads"));
+    m.def(
+        "entropy_decode",
+        [](nb::list codes, int threads) {
+            std::vector<Coded> from;
+            for (Py_ssize_t i = 0; i < PyList_GET_SIZE(codes.ptr()); i++) {
+                PyObject *t = PyList_GET_ITEM(codes.ptr(), i);
+                check(t, 6);
+                from.push_back({pointer<const uint8_t>(t, 0), size_t(number(t, 1)), bytes_of(t, 2)});
+            }
+            if (PyErr_Occurred()) throw nb::python_error();
+            nb::gil_scoped_release release;
+            return entropy_decode(from, threads);
+        },
+        nb::arg("codes"), nb::arg("threads"));
 }

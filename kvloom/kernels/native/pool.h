@@ -8,7 +8,9 @@
 #include <thread>
 #include <vector>
 
+#if !defined(_WIN32)
 #include <unistd.h>
+#endif
 
 namespace kvloom {
 
@@ -37,7 +39,9 @@ class Pool {
 
     static Pool &get() {  // never destroyed: its threads may still sleep when the process ends
         static Pool *pool = new Pool;
+#if !defined(_WIN32)
         if (pool->process_ != getpid()) pool = new Pool;  // threads do not survive a fork
+#endif
         return *pool;
     }
 
@@ -64,7 +68,9 @@ class Pool {
         }
     }
 
+#if !defined(_WIN32)
     const pid_t process_ = getpid();
+#endif
     std::mutex turn_, mutex_;
     std::condition_variable wake_, done_;
     std::atomic<int> next_{0};

@@ -13,35 +13,34 @@ inline void write(Kind kind, const float *x, int n, uint8_t *out) {
     for (int i = 0; i < n; i++) to[i] = kind == BFLOAT16 ? to_bfloat16(x[i]) : to_float16(x[i]);
 }
 
-}  // namespace
-
-namespace kvloom::ISA {
-
 // The query rows [block * PREFILL_ROWS, ...) of all query heads of one KV head. Blocks of keys are transposed once for all of them; softmax
 // goes along block by block, with the greatest logit so far.
-void prefill(const Prefill &p, int head, int block) {
+template <class E>
+void prefill_in(const Prefill &p, int head, int block) {
     static thread_local Scratch<float> scratch;
+    static thread_local Scratch<E> operands;
     const int D = p.dim, V = (p.value_dim + 2 * W - 1) / (2 * W) * (2 * W), g = p.group;
     const int64_t from = int64_t(block) * PREFILL_ROWS, to = from + PREFILL_ROWS < p.m ? from + PREFILL_ROWS : p.m;
     const int strips = int(to - from + STRIP - 1) / STRIP, rows = g * strips * STRIP;
-    float *keys = scratch.room(size_t(D) * BLOCK_KEYS + size_t(V) * BLOCK_KEYS + size_t(rows) * (D + V + 2));
-    float *values = keys + D * BLOCK_KEYS, *q = values + V * BLOCK_KEYS, *out = q + rows * D, *top = out + rows * V, *total = top + rows;
+    const int each = D / PER<E>;  // operands of a row
+    E *keys = operands.room(size_t(each) * (BLOCK_KEYS + rows) + size_t(V) * (BLOCK_KEYS / PER<E>));
+    E *values = keys + each * BLOCK_KEYS, *q = values + V * (BLOCK_KEYS / PER<E>);
+    float *out = scratch.room(size_t(rows) * (V + 2)), *top = out + rows * V, *total = top + rows;
     for (int i = 0; i < rows * V; i++) out[i] = 0;
     for (int i = 0; i < rows; i++) top[i] = LEAST, total[i] = 0;
-    for (int i = 0; i < g * strips; i++) strip_of(p, head * g + i / strips, from + i % strips * STRIP, q + i * STRIP * D);
-    for (int i = 0; i < BLOCK_KEYS * V; i++) values[i] = 0;
+    for (int i = 0; i < g * strips; i++) strip_of(p, head * g + i / strips, from + i % strips * STRIP, q + i * STRIP * each);
+    for (int i = 0; i < BLOCK_KEYS / PER<E> * V; i++) values[i] = 0;
     const int64_t end = p.causal && p.past + to < p.n ? p.past + to : p.n;
     for (int64_t first = 0; first < end; first += BLOCK_KEYS) {
         const int n = int(p.n - first < BLOCK_KEYS ? p.n - first : BLOCK_KEYS);
         transposed(p.k, head, first, p.n, D, p.scale, keys);
-        for (int i = 0; i < n; i++) row_of(p.v, head, first + i, p.value_dim, values + i * V);
-        for (int i = n; i < BLOCK_KEYS; i++)
-            for (int d = 0; d < V; d++) values[i * V + d] = 0;
+        rows_of(p.v, head, first, n, p.value_dim, V, values);
         for (int i = 0; i < g * strips; i++) {
             const int64_t at = from + i % strips * STRIP;
             if (p.causal && p.past + at + STRIP <= first) continue;  // no row of the strip sees this far
             alignas(64) float s[STRIP * BLOCK_KEYS], factor[STRIP];
-            logits(p, q + i * STRIP * D, keys, first, at, s);
+            logits(p, q + i * STRIP * each, keys, first, at, s);
+            E *weights = reinterpret_cast<E *>(s);  // in their place: behind what has been read of a row
             for (int r = 0; r < STRIP; r++) {
                 float *mine = s + r * BLOCK_KEYS, &best = top[i * STRIP + r], most;
                 vf greatest = splat(best);
@@ -50,7 +49,7 @@ void prefill(const Prefill &p, int head, int block) {
                 vf sum_of = {};
                 for (int j = 0; j < BLOCK_KEYS; j += W) {
                     const vf e = exp(load(mine + j) - most);
-                    store(mine + j, e);
+                    put(weights + r * BLOCK_KEYS + j / PER<E>, e);
                     sum_of += e;
                 }
                 factor[r] = most > best ? std::exp(best - most) : 1.0f;
@@ -58,7 +57,7 @@ void prefill(const Prefill &p, int head, int block) {
                 best = most;
             }
             float *o = out + i * STRIP * V;
-            for (int d = 0; d < V; d += 2 * W) product<true>(s, BLOCK_KEYS, values + d, V, BLOCK_KEYS, o + d, V, factor);
+            for (int d = 0; d < V; d += 2 * W) product<true>(weights, BLOCK_KEYS, values + d, V, BLOCK_KEYS / PER<E>, o + d, V, factor);
         }
     }
     for (int i = 0; i < rows; i++) {
@@ -74,10 +73,11 @@ void prefill(const Prefill &p, int head, int block) {
 }
 
 // mass [h, g, n] of one block of keys: the sum over rows of exp(logit - lse of the row).
-void observe(const Prefill &p, int head, int block) {
-    static thread_local Scratch<float> scratch;
+template <class E>
+void observe_in(const Prefill &p, int head, int block) {
+    static thread_local Scratch<E> operands;
     const int64_t first = int64_t(block) * BLOCK_KEYS;
-    float *keys = scratch.room(size_t(p.dim) * (BLOCK_KEYS + STRIP)), *q = keys + p.dim * BLOCK_KEYS;
+    E *keys = operands.room(size_t(p.dim) / PER<E> * (BLOCK_KEYS + STRIP)), *q = keys + p.dim / PER<E> * BLOCK_KEYS;
     transposed(p.k, head, first, p.n, p.dim, p.scale, keys);
     const int64_t start = p.causal && first > p.past ? first - p.past : 0;  // rows before it see nothing of the block
     for (int i = 0; i < p.group; i++) {
@@ -98,6 +98,20 @@ void observe(const Prefill &p, int head, int block) {
         for (int j = 0; j < BLOCK_KEYS / W; j++) store(sums_of + j * W, mass[j]);
         memcpy(to, sums_of, n * sizeof(float));
     }
+}
+
+}  // namespace
+
+namespace kvloom::ISA {
+
+void prefill(const Prefill &p, int head, int block) {
+    if (PAIRS && p.q.kind == BFLOAT16) return prefill_in<std::conditional_t<PAIRS, uint32_t, float>>(p, head, block);
+    prefill_in<float>(p, head, block);
+}
+
+void observe(const Prefill &p, int head, int block) {
+    if (PAIRS && p.q.kind == BFLOAT16) return observe_in<std::conditional_t<PAIRS, uint32_t, float>>(p, head, block);
+    observe_in<float>(p, head, block);
 }
 
 }  // namespace kvloom::ISA

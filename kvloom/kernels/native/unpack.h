@@ -86,7 +86,7 @@ inline void unpack(const uint8_t *row, int bits, int n, uint8_t *out) {
 
 // Asks memory for bytes that are needed soon.
 inline void ask(const uint8_t *from, int64_t count) {
-    for (int64_t i = 0; i < count; i += 64) __builtin_prefetch(from + i);
+    for (int64_t i = 0; i < count; i += 64) prefetch(from + i);
 }
 
 template <class T>

@@ -24,7 +24,7 @@ void dense_mix(const float *p, int stride, const T *v, int64_t n, int D, float *
             for (int r = 0; r < R; r++) a[r] = load(out + r * D + d), b[r] = load(out + r * D + d + W);
             for (int t = 0; t < m; t++) {
                 const vf x = load(rows + t * D + d), y = load(rows + t * D + d + W);
-                __builtin_prefetch(rows + (TILE * D + (d * m + t * 2 * W)));  // the next tile, in its own order
+                prefetch(rows + (TILE * D + (d * m + t * 2 * W)));  // the next tile, in its own order
                 for (int r = 0; r < R; r++) {
                     const vf each = splat(w[r * stride + t]);
                     a[r] += each * x;

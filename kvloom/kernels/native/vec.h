@@ -1,9 +1,10 @@
-// Vectors of W floats, in the vector types that GCC and Clang share. Included once per instruction set.
+// Vectors of W floats, in the vector types that GCC and Clang share (other compilers: lanes.h). Included once per instruction set.
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -16,17 +17,47 @@ constexpr int W = 16;
 constexpr int W = 8;  // two registers of 4 on machines that have no wider ones
 #endif
 
+}  // namespace
+
+#if !defined(__GNUC__) || defined(PLAIN)
+#include "lanes.h"
+#define KVLOOM_APART
+#else
+#define KVLOOM_APART __attribute__((noinline))
+
+namespace {
+
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 // The same in memory, at any address.
 typedef float mf __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint32_t mu __attribute__((vector_size(W * 4), aligned(2), may_alias));  // pairs of 16 bits, too
 typedef uint16_t vh __attribute__((vector_size(W * 2), aligned(2), may_alias));
 typedef uint8_t vb __attribute__((vector_size(W), aligned(1), may_alias));
 
+inline vf at(const float *p) { return *reinterpret_cast<const mf *>(p); }
+inline vu at(const uint32_t *p) { return *reinterpret_cast<const mu *>(p); }
+inline vh at(const uint16_t *p) { return *reinterpret_cast<const vh *>(p); }
+inline vb at(const uint8_t *p) { return *reinterpret_cast<const vb *>(p); }
+inline void to(float *p, vf x) { *reinterpret_cast<mf *>(p) = x; }
+inline void to(void *p, vh x) { *reinterpret_cast<vh *>(p) = x; }
+
+template <class V, class T>
+V converted(T from) {
+    return __builtin_convertvector(from, V);
+}
+inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+inline void prefetch(const void *p) { __builtin_prefetch(p); }
+
+}  // namespace
+#endif
+
+namespace {
+
 inline vf splat(float x) { return x - vf{}; }
-inline vf load(const float *p) { return *reinterpret_cast<const mf *>(p); }
-inline void store(float *p, vf x) { *reinterpret_cast<mf *>(p) = x; }
+inline vf load(const float *p) { return at(p); }
+inline void store(float *p, vf x) { to(p, x); }
 
 // W bytes, or W 16-bit numbers, widened to 32 bits. Left to themselves, compilers do this one lane at a time.
 inline vi bytes(const uint8_t *p) {
@@ -35,7 +66,7 @@ inline vi bytes(const uint8_t *p) {
 #elif defined(__AVX2__)
     return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)));
 #else
-    return __builtin_convertvector(*reinterpret_cast<const vb *>(p), vi);
+    return converted<vi>(at(p));
 #endif
 }
 inline vu halves(const uint16_t *p) {
@@ -44,10 +75,10 @@ inline vu halves(const uint16_t *p) {
 #elif defined(__AVX2__)
     return (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
 #else
-    return __builtin_convertvector(*reinterpret_cast<const vh *>(p), vu);
+    return converted<vu>(at(p));
 #endif
 }
-inline vf floats(vi x) { return __builtin_convertvector(x, vf); }
+inline vf floats(vi x) { return converted<vf>(x); }
 
 struct F32 { float x; };
 struct F16 { uint16_t x; };
@@ -102,6 +133,43 @@ inline uint16_t to_float16(float x) {
     return uint16_t(sign | ((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13));
 }
 
+// sum + a b, where a lane is one number, or a pair of bfloat16 (the first in the lower half) of which both products are added.
+inline vf add(vf sum, vf a, vf b) { return sum + a * b; }
+inline vf add(vf sum, vu a, vu b) {
+#if defined(__AVX512BF16__)
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else  // the same but for numbers below 2 ** -126, which the instruction takes for zeros
+    const vu mask = vu{} + 0xffff0000u;
+    sum += (vf)(a & mask) * (vf)(b & mask);
+    return sum + (vf)(a << 16) * (vf)(b << 16);
+#endif
+}
+#if defined(__AVX512BF16__) || defined(EMULATED)
+constexpr bool PAIRS = true;  // whether bfloat16 is multiplied in pairs
+#else
+constexpr bool PAIRS = false;
+#endif
+
+// One number, or one pair, in all lanes.
+inline vf all(const float *p) { return splat(*p); }
+inline vu all(const uint32_t *p) {
+    uint32_t x;
+    memcpy(&x, p, 4);
+    return vu{} + x;
+}
+inline vu load(const uint32_t *p) { return at(p); }
+
+// W numbers of at least 0 as they are multiplied: fp32, or bfloat16.
+inline void put(float *p, vf x) { store(p, x); }
+inline void put(uint32_t *p, vf x) {
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+    const vu bits = (vu)x;
+    to(static_cast<void *>(p), converted<vh>((bits + 0x7fff + (bits >> 16 & 1)) >> 16));
+#endif
+}
+
 inline vf load(const F32 *p) { return load(reinterpret_cast<const float *>(p)); }
 inline vf load(const BF16 *p) {
     vu bits = halves(&p->x) << 16;
@@ -119,13 +187,12 @@ inline vf load(const F16 *p) {
 #endif
 }
 
-typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
-
 inline float sum(vf x) {
     float lanes[W];
     store(lanes, x);
-    v4 four = *reinterpret_cast<const v4 *>(lanes);
-    for (int i = 4; i < W; i += 4) four += *reinterpret_cast<const v4 *>(lanes + i);
+    float four[4];
+    for (int i = 0; i < 4; i++) four[i] = lanes[i];
+    for (int i = 4; i < W; i++) four[i % 4] += lanes[i];
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
@@ -151,7 +218,6 @@ void sums(const vf *x, float *out) {
     for (int i = 0; i < R; i++) out[i] = sum(x[i]);
 }
 
-inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 inline vf larger(vf a, vf b) {
 #if defined(__AVX512F__)
     return (vf)_mm512_max_ps((__m512)a, (__m512)b);
@@ -195,7 +261,7 @@ void tops(const vf *x, float *out) {
 inline vf exp(vf x) {
     vf t = x * 1.44269504f;
     t = select(t < -126.0f, splat(-126.0f), t);
-    vi n = __builtin_convertvector(t - 0.5f, vi);  // towards zero: for t <= 0 the nearest whole number
+    vi n = converted<vi>(t - 0.5f);  // towards zero: for t <= 0 the nearest whole number
     vf f = t - floats(n);
     vf p = splat(1.535336188e-4f);
     p = p * f + 1.339887440e-3f;
