@@ -20,12 +20,14 @@ SIZES = {
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize(("budget", "bits", "group"), [(0.5, 4, None), (0.25, 2, 8), (0.3, 8, None)])
-def test_logits_and_classes(sizes: list[int], budget: float, bits: int, group: int | None) -> None:
+@pytest.mark.parametrize(
+    ("budget", "bits", "group", "interval"), [(0.5, 4, None, 1), (0.25, 2, 8, 7), (0.3, 8, None, 16)]
+)
+def test_logits_and_classes(sizes: list[int], budget: float, bits: int, group: int | None, interval: int) -> None:
     model, ids = build("llama"), prompt(sum(sizes))
     cache, reference = (
-        KVCache(model, f"mikv(budget={budget}, bits={bits}, group={group})"),
-        Mikv(model, budget, bits, group),
+        KVCache(model, f"mikv(budget={budget}, bits={bits}, group={group}, interval={interval})"),
+        Mikv(model, budget, bits, group, interval=interval),
     )
     want = run(reference, ids, sizes)
     got = run_cache(model, cache, ids, sizes)
@@ -115,18 +117,18 @@ def test_4_balance_helps_with_outlier_channels() -> None:
 @pytest.mark.parametrize("sizes", [*SIZES.values(), [1] * 50], ids=[*SIZES, "single tokens"])
 def test_5_every_token_is_held(sizes: list[int]) -> None:
     model = build("llama")
-    cache = KVCache(model, "mikv(budget=20)")
+    cache = KVCache(model, "mikv(budget=20, interval=5)")
 
     def check(length: int) -> None:
         assert all(head == list(range(length)) for layer in kept(cache) for head in layer)
-        assert all(len(head) <= 20 for layer in kept(cache, ["main"]) for head in layer)
+        assert all(len(head) <= 24 for layer in kept(cache, ["main"]) for head in layer)
 
     run_cache(model, cache, prompt(sum(sizes)), sizes, check)
 
 
 def test_demotion_is_final() -> None:
     model = build("llama")
-    cache, before = KVCache(model, "mikv(budget=20)"), [[set[int]() for _ in range(2)] for _ in range(3)]
+    cache, before = KVCache(model, "mikv(budget=20, interval=4)"), [[set[int]() for _ in range(2)] for _ in range(3)]
 
     def check(length: int) -> None:
         for i, layer in enumerate(kept(cache, ["low"])):
@@ -138,6 +140,6 @@ def test_demotion_is_final() -> None:
 
 
 def test_options() -> None:
-    for wrong in ("budget='1MiB'", "window=2", "window=1.5", "bits=7", "group=9"):
+    for wrong in ("budget='1MiB'", "window=2", "window=1.5", "bits=7", "group=9", "interval=0"):
         with pytest.raises(RecipeError):
             parse(f"mikv({wrong})")

@@ -7,19 +7,20 @@ head's group are folded into rows, so keys and values are never repeated.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from kvloom.core.group import Group
+from kvloom.core.kind import Merge
 from kvloom.core.rope import Rope
 from kvloom.core.segment import SMALL, Segment
 from kvloom.kernels import native, reference
 from kvloom.kernels.dispatch import Job, kernels_for
 
-__all__ = ["Logits", "Visible", "as_bias", "attend", "job", "many_rows", "received", "segment_logits"]
+__all__ = ["Logits", "Visible", "as_bias", "attend", "job", "joined", "many_rows", "received", "segment_logits"]
 
 # (text index [h, n] or [1, n], heads of the group) -> [h or 1, g or 1, m, n]: bool (may row see slot) or added to the logits
 Visible = Callable[[Tensor, Group], Tensor]
@@ -36,6 +37,19 @@ class Logits:
 
     def cap(self, s: Tensor) -> Tensor:
         return s if self.softcap is None else s.div_(self.softcap).tanh_().mul_(self.softcap)
+
+
+def tempered(logits: Logits, merge: Merge | None) -> Logits:
+    """The logits of a class that joins the softmax as `merge` says."""
+    return logits if merge is None else replace(logits, scale=logits.scale / merge.temperature)
+
+
+def joined(parts: list[tuple[Tensor, Tensor]], merge: Merge | None) -> list[tuple[Tensor, Tensor]]:
+    """Partial results over the slots of such classes as what the others are merged with."""
+    if merge is None or not parts:
+        return parts
+    out, lse = reference.merge(parts)
+    return [(out, lse * merge.power)]
 
 
 def many_rows(
@@ -84,7 +98,7 @@ def _dots(q: Tensor, segment: Segment, scale: float, width: int) -> Tensor:
         stop = min(run.n, width - start)
         if stop > 0:
             whole = -(-stop // run.codec.unit) * run.codec.unit
-            parts.append(run.codec.dot(q, run.part(0, whole), run.const, scale)[..., :stop])
+            parts.append(run.dot(q, whole, scale)[..., :stop])
         start += run.n
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
@@ -98,7 +112,7 @@ def _mixed(p: Tensor, segment: Segment, width: int) -> Tensor:
             weights = p[..., start : start + stop]
             if whole > stop:
                 weights = torch.nn.functional.pad(weights, (0, whole - stop))
-            part = run.codec.mix(weights, run.part(0, whole), run.const)
+            part = run.mix(weights)
             out = part if out is None else out.add_(part)
         start += run.n
     assert out is not None
@@ -163,9 +177,19 @@ def _stretches(segment: Segment, start: int) -> list[tuple[int, int]]:
 
 
 def job(
-    q: Tensor, value_dim: int, group: Group, logits: Logits, length: int, visible: Visible | None, emit: bool
+    q: Tensor,
+    value_dim: int,
+    group: Group,
+    logits: Logits,
+    length: int,
+    visible: Visible | None,
+    emit: bool,
+    merge: Merge | None = None,
 ) -> tuple[Job, dict[str, Tensor]] | None:
-    """`attend` as a job for kernels, and where it will write logits; None where they do not serve."""
+    """What `attend` does with the classes that join as `merge` says, as a job for kernels, before it is `joined`.
+
+    Also where it will write logits. None where kernels do not serve.
+    """
     h, g, m, dim = q.shape
     kernels = kernels_for(q)
     if kernels is None or visible is not None or g * m > kernels.ROWS or not kernels.serves(q, value_dim):
@@ -173,27 +197,32 @@ def job(
     parts: list[native.Part] = []
     emitted: dict[str, Tensor] = {}
     for name, segment in group.segments.items():
-        if segment.n:
+        if segment.n and segment.kind.merge == merge:
             rows = kernels.queries(turned(q, group, segment, logits, length).reshape(h, g * m, dim))
             part = native.Part(segment.n, logw=segment.column("logw"), kept=[rows])
             for plane, into in ((segment.key, part.keys), (segment.value, part.values)):
                 for run in plane.runs:
-                    described = run.codec.describe(
-                        run.block, run.const, rows if plane is segment.key else None, part.kept
-                    )
+                    described = run.describe(rows if plane is segment.key else None, part.kept)
                     if described is None:
                         return None
                     into.append(described)
             if emit:
                 part.scores = emitted[name] = torch.empty(h, g * m, segment.n, device=q.device)
             parts.append(part)
-    return kernels.job(h, g * m, dim, value_dim, parts, logits.scale, logits.softcap), emitted
+    scale = tempered(logits, merge).scale
+    return kernels.job(h, g * m, dim, value_dim, parts, scale, logits.softcap), emitted
 
 
 def attend(
-    q: Tensor, group: Group, logits: Logits, length: int, visible: Visible | None = None, emit: bool = False
+    q: Tensor,
+    group: Group,
+    logits: Logits,
+    length: int,
+    visible: Visible | None = None,
+    emit: bool = False,
+    merge: Merge | None = None,
 ) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Attention of q [h, g, m, D] over all that a group holds, in torch.
+    """Attention of q [h, g, m, D] over what a group holds in the classes that join as `merge` says, in torch.
 
     Returns partial results (out [h, g * m, Dv], lse [h, g * m]) for `reference.merge`, and with `emit` each class's logits
     [h, g * m, n]. `visible` hides slots from rows; without it every row sees every slot. `length`: tokens seen so far.
@@ -201,11 +230,11 @@ def attend(
     g = q.shape[1]
     parts, emitted = [], {}
     for name, segment in group.segments.items():
-        if segment.n:
+        if segment.n and segment.kind.merge == merge:
             turned_q = turned(q, group, segment, logits, length).flatten(1, 2)
             bias = _bias(group, segment, visible, g)
-            found, s = _attend_segment(turned_q, segment, logits, bias, emit)
+            found, s = _attend_segment(turned_q, segment, tempered(logits, merge), bias, emit)
             parts += found
             if s is not None:
                 emitted[name] = s
-    return parts, emitted
+    return joined(parts, merge), emitted

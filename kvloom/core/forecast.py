@@ -70,13 +70,16 @@ def forecast(recipe: Recipe, sites: Sequence[Site], tokens: int, decoded: int = 
     is run once for all that have its shape.
     """
     known: dict[Site, Held] = {}
+    seen: dict[int, Tensor] = {}
     found = []
     for site in sites:
         shape = replace(site, layer=0)
         if shape not in known:
             watched = _Watched(**vars(site))
-            held = _run(recipe, watched, tokens, decoded)
-            if watched.asked:
+            layer = _run(recipe, watched, tokens, decoded)
+            shared = len(seen)
+            held = _count(layer, watched, seen)
+            if watched.asked or len(seen) > shared:  # constants may be the next layer's too, and are counted once
                 found.append(held)
                 continue
             known[shape] = held
@@ -95,23 +98,34 @@ class _Watched(Site):
         return super().__getattribute__(name)
 
 
-def _run(recipe: Recipe, site: Site, tokens: int, decoded: int) -> Held:
+def _run(recipe: Recipe, site: Site, tokens: int, decoded: int) -> _Layer:
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay what they were
         torch.default_generator.manual_seed(0)
         layer = _Layer(site, recipe)
         for m in [tokens, *[1] * decoded]:
             rows = torch.empty(site.kv_heads, m, 0)
             together([layer.forward(rows, rows, rows, Logits(1.0), None, None)])
-    return _count(layer, site)
+    return layer
 
 
 class _Hollow(Codec):
-    """Stands for a codec where slots have no numbers: its units and its constants are real, its rows are empty."""
+    """Stands for a codec where slots have no numbers: its units, fields and constants are real, its rows are empty."""
 
-    def __init__(self, inner: Codec, site: Site, plane: Plane) -> None:
-        self.inner, self.unit, self.fits = inner, inner.unit, inner.fits
-        self.dim = site.key_dim if plane == "key" else site.value_dim
-        self.per = {"x": inner.unit}
+    def __init__(self, inner: Codec, site: Site, which: Plane) -> None:
+        self.inner, self.unit, self.fits, self.tap = inner, inner.unit, inner.fits, inner.tap
+        self.site, self.which, self.per = site, which, inner.per
+        self.dim = site.key_dim if which == "key" else site.value_dim
+        self.rows: dict[str, int] = {}  # bytes of one row of each field
+        self.sizes: dict[int, _Hollow] = {}
+
+    def const(self, site: Site, plane: Plane) -> Const:
+        return self.inner.const(site, plane)
+
+    def sized(self, n: int) -> Codec:
+        found = self.inner.sized(n)
+        if found is self.inner:
+            return self
+        return self.sizes.setdefault(id(found), _Hollow(found, self.site, self.which))
 
     def fit(self, step: Step, keys: Tensor) -> Const:
         dim = step.site.key_dim  # a few rows with numbers: constants have their size whatever these are
@@ -119,10 +133,14 @@ class _Hollow(Codec):
         return self.inner.fit(some, torch.rand(keys.shape[0], 2, dim))
 
     def encode(self, x: Tensor, const: Const) -> Block:
-        return {"x": x[:, :: self.unit]}
+        h, n, _ = x.shape
+        some = self.inner.encode(torch.rand(h, self.unit, self.dim).to(self.site.dtype), const)
+        self.rows = {name: y[0, 0].nbytes for name, y in some.items()}
+        return {name: x.new_empty(len(y), n // per if (per := self.per[name]) else 1, 0) for name, y in some.items()}
 
     def decode(self, block: Block, const: Const) -> Tensor:
-        return block["x"].repeat_interleave(self.unit, 1)
+        heads = max(len(x) for x in block.values())
+        return next(iter(block.values())).new_empty(heads, self.slots(block), 0)
 
 
 class _Step(Step):
@@ -158,7 +176,8 @@ def _hollow(kind: Kind, site: Site) -> Kind:
     return replace(kind, key=key, value=value)
 
 
-def _count(layer: Layer, site: Site) -> Held:
+def _count(layer: Layer, site: Site, seen: dict[int, Tensor]) -> Held:
+    """`seen`: constants that were counted, which layers and heads may share."""
     parts: dict[str, int] = defaultdict(int)
     stretches: Counter[tuple[str, Plane, Codec, int]] = Counter()
     room = 0
@@ -176,11 +195,16 @@ def _count(layer: Layer, site: Site) -> Held:
                 for run in plane.runs:
                     codec = run.codec.inner if isinstance(run.codec, _Hollow) else EXACT
                     stretches[name, plane.which, codec, heads] += run.n
-                    buffer = run.fields["x"]
-                    empty = (buffer.data.shape[1] - buffer.n) * buffer.per
-                    parts[f"{plane.which}s"] += heads * codec.nbytes(run.n, dim, site.itemsize)
-                    room += heads * codec.nbytes(empty, dim, site.itemsize)
-                parts["constants"] += sum(x.nbytes for x in plane.const.values())
+                    parts[f"{plane.which}s"] += codec.nbytes(run.n, heads, dim, site.itemsize)
+                    for part, buffer in run.fields.items():
+                        row = run.codec.rows[part] if isinstance(run.codec, _Hollow) else dim * site.itemsize
+                        room += (buffer.data.shape[1] - buffer.n) * buffer.data.shape[0] * row
+                    if run.at is not None:
+                        real(f"{plane.which}s", run.at)
+                for x in plane.const.values():
+                    place = x.untyped_storage().data_ptr()
+                    parts["constants"] += 0 if place in seen else x.nbytes
+                    seen[place] = x
             for column in segment.cols.values():
                 real("columns", column)
     if layer.recent is not None:

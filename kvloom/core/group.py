@@ -11,8 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kvloom.core.kind import Kind, Merge
 from kvloom.core.run import Buffer
-from kvloom.core.segment import Kind, Segment
+from kvloom.core.segment import Segment
+from kvloom.core.site import Site
 
 __all__ = ["Group", "Table"]
 
@@ -32,6 +34,15 @@ class Group:
     def n(self) -> int:
         """Slots that each head holds."""
         return sum(segment.n for segment in self.segments.values())
+
+    @property
+    def merges(self) -> list[Merge | None]:
+        """The ways in which the slots held join the softmax; nearly always one, None: as if they were all there is."""
+        return list(dict.fromkeys(segment.kind.merge for segment in self)) or [None]
+
+    def heads_of(self, site: Site) -> int:
+        """How many KV heads of the layer belong to the group."""
+        return site.kv_heads if self.heads is None else len(self.heads)
 
     def pick(self, x: Tensor) -> Tensor:
         """The group's heads out of x [H, ...]."""
@@ -89,7 +100,19 @@ class Table:
             held = segment.column(name)
             blank = torch.zeros((), device=self.device) if held is None else held
             parts.append(blank.expand(heads, segment.n))
-        return torch.cat(parts, 1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def add(self, name: str, x: Tensor) -> Tensor:
+        """Adds x [h, n] to a column that every class of the table keeps; returns the sums."""
+        start = 0
+        for _, segment in self.parts:
+            new, held = x[:, start : start + segment.n], segment.cols.get(name)
+            if held is None or held.data.shape[0] != len(x):
+                segment.cols[name] = Buffer(new if held is None else held.view + new)
+            else:
+                held.view.add_(new)
+            start += segment.n
+        return self.column(name, len(x))
 
     def store(self, name: str, x: Tensor) -> None:
         """Writes a column x [h, n] back to the classes of the table."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kvloom.core import settle
-from kvloom.core.attention import Logits, Visible, as_bias, attend, job, many_rows
+from kvloom.core.attention import Logits, Visible, as_bias, attend, job, joined, many_rows
 from kvloom.core.group import Group
 from kvloom.core.recipe import Phase, Recipe
 from kvloom.core.rows import Rows
@@ -84,7 +83,7 @@ class Layer:
 
     def __init__(self, site: Site, recipe: Recipe) -> None:
         self.site, self.recipe = site, recipe
-        self.groups = [Group(dict(recipe.kinds))]
+        self.groups = [Group({name: kind.at(site) for name, kind in recipe.kinds.items()})]
         self.length = self.prompt = self.dropped_at = 0
         self.recent: Buffer | None = None  # the newest queries [Hq, w, D]
         self.defer = False
@@ -140,7 +139,7 @@ class Layer:
             self._fitting
             and self.length == self.prompt
             and any(
-                plane.codec.fits and not plane.const
+                plane.unfit
                 for group in self.groups
                 for segment in group.segments.values()
                 for plane in (segment.key, segment.value)
@@ -163,18 +162,23 @@ class Layer:
         length, value_dim, folded = self.length + alone, rows.v.shape[-1], _folded(q, rows.k)
         queries = [group.pick(folded) for group in self.groups]
         jobs = [
-            job(x, value_dim, group, logits, length, visible, emit)
+            [(merge, job(x, value_dim, group, logits, length, visible, emit, merge)) for merge in group.merges]
             for x, group in zip(queries, self.groups, strict=True)
         ]
-        waiting = [found[0] for found in jobs if found is not None]
+        waiting = [each[0] for found in jobs for _, each in found if each is not None]
         if waiting:
             yield waiting
         done, seen = [], []
         for x, group, found in zip(queries, self.groups, jobs, strict=True):
-            if found is None:
-                parts, logs = attend(x, group, logits, length, visible, emit)
-            else:
-                parts, logs = [(found[0].out, found[0].lse)], found[1]
+            parts: list[tuple[Tensor, Tensor]] = []
+            logs: dict[str, Tensor] = {}
+            for merge, each in found:
+                if each is None:
+                    some, emitted = attend(x, group, logits, length, visible, emit, merge)
+                else:
+                    some, emitted = joined([(each[0].out, each[0].lse)], merge), each[1]
+                parts += some
+                logs |= emitted
             if fresh is not None:
                 own, own_lse = (group.pick(_folded(each, rows.k)).flatten(1, 2) for each in fresh)
                 parts.append((own, own_lse))
@@ -214,26 +218,27 @@ class Layer:
 
     @torch.no_grad()
     def _settle(self, rows: _Pending) -> None:
-        policy, groups = self.recipe.policy.get(rows.phase), []
+        policy = self.recipe.policy.get(rows.phase)
         self._remember(rows.q.flatten(0, 1))
         recent = None if self.recent is None else _folded(self.recent.view, rows.q)
-        self._calm = math.inf
-        for i, group in enumerate(self.groups):
-            step = self.step(
+        steps = [
+            self.step(
                 self.site, rows.phase, group, self.recipe.classes, group.pick(rows.q), group.pick(rows.lse), rows.first,
                 self.length, self.prompt, rows.logits, None if recent is None else group.pick(recent),
                 rows.seen[i] if rows.seen else None,
-            )  # fmt: skip
-            if self._fitting:
+            )
+            for i, group in enumerate(self.groups)
+        ]  # fmt: skip
+        if self._fitting:
+            for step in steps:
                 settle.fit(step)
-            before = group.n
-            after = [group] if policy is None else settle.place(step, policy)
-            if any(each.n < before for each in after):
-                self.dropped_at = self.length
-            groups += after
-            for step.group in after:
-                self._calm = min(self._calm, self.length + settle.slack(step, self.recipe.policy.get("decode")))
-        self.groups = groups
+        before = [group.n for group in self.groups]
+        after = [[group] for group in self.groups] if policy is None else settle.place(steps, policy)
+        if any(each.n < n for n, found in zip(before, after, strict=True) for each in found):
+            self.dropped_at = self.length
+        self.groups = [each for found in after for each in found]
+        later = [replace(step, group=each) for step, found in zip(steps, after, strict=True) for each in found]
+        self._calm = self.length + settle.slack(later, self.recipe.policy.get("decode"))
         self._freeze()
 
     def _remember(self, q: Tensor) -> None:
@@ -292,11 +297,11 @@ class Layer:
             for name, segment in group.segments.items():
                 for which, plane in (("key", segment.key), ("value", segment.value)):
                     for run in plane.runs:
-                        for part, buffer in run.fields.items():
+                        for part, buffer in run.stored.items():
                             label = "exact" if run.codec.exact else part
                             yield name, which, label, buffer.data, buffer.used
                     for part, x in plane.const.items():
-                        yield name, which, part, x, x.nbytes
+                        yield name, "constant", part, x, x.nbytes
                 for column, buffer in segment.cols.items():
                     yield name, "column", column, buffer.data, buffer.used
         if self.recent is not None:

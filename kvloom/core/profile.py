@@ -17,7 +17,30 @@ from transformers import PreTrainedModel
 from kvloom.core.view import fingerprint
 from kvloom.errors import ProfileError
 
-__all__ = ["load", "save"]
+__all__ = ["default_path", "find", "load", "save"]
+
+
+def default_path(model: PreTrainedModel, recipe: str) -> Path:
+    """Where a model's profile for a recipe is looked for: in the model's folder, else under ~/.cache/kvloom/profiles."""
+    name, folder = f"{recipe}.profile.safetensors", Path(model.config.get_text_config()._name_or_path or ".missing")
+    if (folder / "config.json").is_file():
+        return folder / name
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "kvloom" / "profiles" / fingerprint(model) / name
+
+
+def find(
+    path: str | Path | None, model: PreTrainedModel, recipe: str, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """`load` of the path given, or of the default one. Raises ProfileError, with the command that makes a profile."""
+    held = default_path(model, recipe) if path is None else Path(path)
+    if path is None and not held.is_file():
+        source = model.config._name_or_path or "MODEL"
+        raise ProfileError(
+            f"{recipe} needs a profile of this model, and {str(held)!r} does not exist. Make it with: "
+            f"kvloom calibrate {source} --cache {recipe}"
+        )
+    return load(held, model, recipe, shapes)
 
 
 def save(path: str | Path, model: PreTrainedModel, recipe: str, tensors: dict[str, Tensor], **settings: object) -> None:
@@ -35,6 +58,7 @@ def save(path: str | Path, model: PreTrainedModel, recipe: str, tensors: dict[st
     os.close(handle)
     try:
         save_file({key: x.contiguous() for key, x in tensors.items()}, name, metadata=about)
+        os.chmod(name, 0o644)  # a temporary file is its owner's alone
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
@@ -55,7 +79,7 @@ def load(
     """Reads a profile made for this model and recipe, with tensors of these shapes. Raises ProfileError otherwise."""
     if not Path(path).is_file():
         raise ProfileError(
-            f"profile={str(path)!r} is no file. Make one with: kvloom calibrate MODEL --recipe {recipe} -o FILE"
+            f"profile={str(path)!r} is no file. Make one with: kvloom calibrate MODEL --cache {recipe} -o FILE"
         )
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -70,7 +94,7 @@ def load(
     if about.get("model") != fingerprint(model):
         raise ProfileError(
             f"profile={str(path)!r} was made on another model. Make one for this model with: "
-            f"kvloom calibrate MODEL --recipe {recipe} -o FILE"
+            f"kvloom calibrate MODEL --cache {recipe} -o FILE"
         )
     for name, shape in shapes.items():
         if name not in tensors or tuple(tensors[name].shape) != shape:

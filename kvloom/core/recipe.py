@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
 
 from kvloom.core.codec import Scope
 from kvloom.core.segment import Kind
+from kvloom.core.tap import tap_of
 from kvloom.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from kvloom.core.site import Site
     from kvloom.core.step import Step
 
-__all__ = ["DROP", "Away", "Budget", "Phase", "Placement", "Policy", "Recipe", "Scorer"]
+__all__ = ["DROP", "Allotment", "Away", "Budget", "Phase", "Placement", "Policy", "Recipe", "Scorer"]
 
 Phase = Literal["prompt", "decode"]
 DROP = -1
@@ -80,12 +82,21 @@ class Placement(Protocol):
     def __call__(self, step: Step, table: Table, scores: Tensor | None, budget: int) -> Tensor | Away | int: ...
 
 
+class Allotment(Protocol):
+    """How many slots each head may keep, where a layer's heads share one budget of `budget` slots each on average.
+
+    Gets the step, table and scores [h, n] of every group of the layer; gives long [h] for every group.
+    """
+
+    def __call__(self, steps: list[Step], tables: list[Table], scores: list[Tensor], budget: int) -> list[Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Policy:
     """What happens to the slots of the classes `over` when a layer settles.
 
     `every`: wait until that many are over budget. `sorts`: also, whatever the budget, after a forward that
-    begins at a place in the text before that many.
+    begins at a place in the text before that many. `allot`: divides the layer's budget among its heads by their scores.
     """
 
     budget: Budget
@@ -94,6 +105,7 @@ class Policy:
     over: tuple[str, ...] = ("main",)
     every: int = 1
     sorts: int = 0
+    allot: Allotment | None = None
 
 
 def _main() -> dict[str, Kind]:
@@ -106,7 +118,8 @@ class Recipe:
 
     `check(site)` raises where a layer can't be served. `prepare(model)` gives the recipe what it needs of a model, such as
     a profile. `sketch(config)` stands in for it where there is no model but its configuration, as in `kvloom plan`:
-    a guess at what the recipe would hold, on the safe side.
+    a guess at what the recipe would hold, on the safe side. `calibrate(model, ids, path, tell)` makes a profile from a text
+    ids [T] and writes it, telling its progress.
     """
 
     name: str
@@ -115,6 +128,7 @@ class Recipe:
     check: Callable[[Site], None] | None = None
     prepare: Callable[[PreTrainedModel], Recipe] | None = None
     sketch: Callable[[Any], Recipe] | None = None
+    calibrate: Callable[[PreTrainedModel, Tensor, Path, Callable[[str], None]], dict[str, Tensor]] | None = None
 
     def __or__(self, other: Recipe) -> Recipe:
         return compose(self, other)
@@ -133,7 +147,8 @@ class Recipe:
 
     def ready(self, model: PreTrainedModel) -> Recipe:
         """The recipe with what it needs of a model; its name stays."""
-        return replace(self.prepare(model), name=self.name, prepare=None) if self.prepare else self
+        ready = self.prepare(model) if self.prepare else None
+        return self if ready is None else replace(ready, name=self.name, prepare=None, calibrate=self.calibrate)
 
     def sketched(self, config: Any) -> Recipe:
         """`ready` for a model of which only the configuration is known. RecipeError where that can't be."""
@@ -151,6 +166,8 @@ class Recipe:
             for kind in self.kinds.values():
                 kind.key.check(site, "key")
                 kind.value.check(site, "value")
+                if kind.key.tap == "pre-rope":
+                    tap_of(site, self.name)
         policy = {phase: replace(p, budget=p.budget.bind(self, sites)) for phase, p in self.policy.items()}
         return replace(self, policy=policy)
 
@@ -168,9 +185,10 @@ class Recipe:
                 (kind.value, kind.value_tail, site.value_dim),
             ):
                 frozen = 0 if codec.exact else tail.due(n)
-                total += codec.nbytes(frozen, dim, site.itemsize) + (n - frozen) * dim * site.itemsize
-            total += 4 * n * self.columns(name)
-        return total * site.kv_heads
+                total += codec.nbytes(frozen, site.kv_heads, dim, site.itemsize)
+                total += (n - frozen) * site.kv_heads * dim * site.itemsize
+            total += 4 * n * self.columns(name) * site.kv_heads
+        return total
 
     @property
     def window(self) -> int:

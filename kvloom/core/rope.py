@@ -83,6 +83,11 @@ class Rope:
             angle = self._angle(position + delta).double() - self._angle(position).double()
         return self._turn(x, angle.cos().float(), angle.sin().float())
 
+    def average(self, x: Tensor, position: Tensor) -> Tensor:
+        """The mean of `rotate(x, p)` over positions p [F]; x [..., D] pre-RoPE -> like x. Linear in x."""
+        cos, sin = self._table(x, position)
+        return self._turn(x, cos.mean(-2), sin.mean(-2))
+
     def _angle(self, position: Tensor) -> Tensor:
         return position.float()[..., None] * self.inv_freq.to(position.device)  # one fp32 product, as in the models
 

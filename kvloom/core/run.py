@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from kvloom.core.codec import Block, Codec, Const
+from kvloom.core.codec import Block, Codec, Const, gather, of_heads
+from kvloom.core.tap import Tap
+from kvloom.kernels import reference
 
-__all__ = ["Buffer", "Run"]
+__all__ = ["Buffer", "Run", "gather"]
 
 ROOM = 16  # slots of empty room that a buffer has ...
 SHARE = 20  # ... or one slot in this many, where that is more: 5 % of the buffer
 
 
 class Buffer:
-    """A tensor [h, n, ...] that grows along dim 1; one row spans `per` slots."""
+    """A tensor [h, n, ...] that grows along dim 1; one row spans `per` slots (0: it is one row and stays so)."""
 
     __slots__ = ("data", "n", "per", "start")
 
@@ -22,6 +27,17 @@ class Buffer:
         self.start, self.n, self.per = 0, 0, per
         self.data = first[:, :0]
         self.append(first)
+
+    @classmethod
+    def of(cls, pieces: Sequence[Tensor], per: int, room: int, device: torch.device | str) -> Buffer:
+        """The rows of pieces that follow one another, copied once, and place for `room` rows in all before it grows."""
+        buffer = cls(pieces[0][:, :0], per)
+        most = max(room, sum(x.shape[1] for x in pieces))
+        shape = (pieces[0].shape[0], most + buffer._room(most), *pieces[0].shape[2:])
+        buffer.data = torch.empty(shape, dtype=pieces[0].dtype, device=device)
+        for x in pieces:
+            buffer.append(x)
+        return buffer
 
     def append(self, x: Tensor) -> None:
         """Adds x [h, m, ...] behind the last row."""
@@ -44,11 +60,11 @@ class Buffer:
     def _shrink(self, n: int) -> None:
         """Frees the room of forgotten rows, once it is worth a copy."""
         self.n = n
-        if self.data.shape[1] - n > ROOM // self.per + self._room(n):
+        if self.per and self.data.shape[1] - n > ROOM // self.per + self._room(n):
             self._move(n, self.data)
 
     def _room(self, n: int) -> int:
-        return max(ROOM // self.per, n // SHARE)
+        return max(ROOM // self.per, n // SHARE) if self.per else 0
 
     def _move(self, n: int, like: Tensor) -> None:
         """Takes the rows to a new tensor with room for n and some more."""
@@ -70,51 +86,97 @@ class Buffer:
         return self.view.nbytes
 
 
-def gather(x: Tensor, rows: Tensor) -> Tensor:
-    """x [h, n, ...] (or [1, n, ...]), rows [h, r] -> [h, r, ...]; a copy."""
-    heads = torch.arange(rows.shape[0], device=x.device)[:, None]
-    return x.expand(rows.shape[0], *x.shape[1:])[heads, rows]
-
-
 class Run:
-    """Slots of one plane under one codec. A sealed run is shared by forks and never written again."""
+    """Slots of one plane under one codec. A sealed run is shared by forks and never written again.
 
-    def __init__(self, codec: Codec, block: Block, const: Const) -> None:
-        self.codec, self.const, self.sealed = codec, const, False
+    With a `tap` the codec holds keys from before RoPE, and the run knows their places in the text: from `start` on while
+    they are consecutive, else as a column. Then what goes in and comes out of a run are keys as the model caches them.
+    """
+
+    def __init__(self, codec: Codec, block: Block, const: Const, tap: Tap | None = None, at: int | Tensor = 0) -> None:
+        self.codec, self.const, self.tap, self.sealed = codec, const, tap, False
         self.fields = {name: Buffer(x, codec.per[name]) for name, x in block.items()}
+        self.start = at if isinstance(at, int) else 0
+        self.at = Buffer(at) if isinstance(at, Tensor) else None
 
     @property
     def n(self) -> int:
-        name, per = next(iter(self.codec.per.items()))
+        name, per = next((name, per) for name, per in self.codec.per.items() if per)
         return self.fields[name].n * per
+
+    @property
+    def grows(self) -> bool:
+        """Whether blocks can be added: not if something of it belongs to all that was frozen at once."""
+        return all(self.codec.per.values())
 
     @property
     def block(self) -> Block:
         return {name: buffer.view for name, buffer in self.fields.items()}
 
-    def append(self, block: Block) -> None:
+    @property
+    def stored(self) -> dict[str, Buffer]:
+        """All that takes bytes: the block's fields, and places in the text where they are needed."""
+        return self.fields if self.at is None else {**self.fields, "at": self.at}
+
+    def places(self, start: int, stop: int) -> Tensor:
+        """Text index of the slots [start, stop), [h or 1, n]; of a run with a tap."""
+        if self.at is not None:
+            return self.at.rows(start, stop)
+        device = next(iter(self.fields.values())).data.device
+        return torch.arange(self.start + start, self.start + stop, dtype=torch.int32, device=device)[None]
+
+    def append(self, block: Block, at: int | Tensor = 0) -> None:
+        """Adds slots; `at`: their places in the text, which a run with a tap needs."""
+        if self.tap is not None and not (self.at is None and at == self.start + self.n):
+            m = self.codec.slots(block)
+            late = at if isinstance(at, Tensor) else torch.arange(at, at + m, dtype=torch.int32)[None]
+            held = self.places(0, self.n)
+            heads = max(len(held), len(late))
+            if self.at is None or len(held) < heads:
+                self.at = Buffer(held.expand(heads, -1))
+            self.at.append(late.to(held.device, held.dtype).expand(heads, -1))
         for name, x in block.items():
             self.fields[name].append(x)
 
     def part(self, start: int, stop: int) -> Block:
-        """Views of the slots [start, stop), which must fall on unit borders."""
-        return {n: b.view[:, start // self.codec.per[n] : stop // self.codec.per[n]] for n, b in self.fields.items()}
+        """The slots [start, stop), which must fall on unit borders: views."""
+        return self.codec.cut(self.block, start, stop)
 
     def decode(self) -> Tensor:
-        return self.codec.decode(self.block, self.const)
+        """All slots, [h, n, D]."""
+        return self.read(0, self.n)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """The slots [start, stop), which must fall on unit borders, decoded: [h, n, D]."""
+        whole = start == 0 and stop == self.n
+        x = self.codec.decode(self.block if whole else self.part(start, stop), self.const)
+        return x if self.tap is None else self.tap.on(x, self.places(start, stop))
+
+    def dot(self, q: Tensor, stop: int, scale: float) -> Tensor:
+        """Scaled logits [h, R, stop] in fp32 of queries [h, R, D] against the first slots, whole units."""
+        if self.tap is None:
+            return self.codec.dot(q, self.part(0, stop), self.const, scale)
+        spans = [slots for slots, _ in self.codec.pieces(self.part(0, stop), q.shape[0] * q.shape[2])]
+        return torch.cat([reference.logits(q, self.read(s.start, s.stop), scale) for s in spans], -1)
+
+    def mix(self, p: Tensor) -> Tensor:
+        """Weighted sums [h, R, D] in fp32 of the first slots, as many as p [h, R, n] has weights, whole units."""
+        return self.codec.mix(p, self.part(0, p.shape[-1]), self.const)
+
+    def describe(self, q: Tensor | None, kept: list[Tensor]) -> Any:
+        """The run for the kernels that work where it lies; None where they can't read it."""
+        return None if self.tap is not None else self.codec.describe(self.block, self.const, q, kept)
 
     def take(self, slots: Tensor) -> Run:
         """A new run of the slots [h, r]: whole units, in ascending order."""
-        block = {}
-        for name, x in self.block.items():
-            per = self.codec.per[name]
-            block[name] = gather(x, slots[:, ::per] // per if per > 1 else slots)
-        return Run(self.codec, block, self.const)
+        at = 0 if self.tap is None else gather(self.places(0, self.n), slots)
+        return Run(self.codec, self.codec.take(self.block, slots), self.const, self.tap, at)
 
     def heads(self, heads: Tensor) -> Run:
         """A new run of some of the heads."""
-        const = {name: x[heads] for name, x in self.const.items()}
-        return Run(self.codec, {name: x[heads] for name, x in self.block.items()}, const)
+        const = {name: of_heads(x, heads) for name, x in self.const.items()}
+        at = self.start if self.at is None else of_heads(self.at.view, heads)
+        return Run(self.codec, {name: of_heads(x, heads) for name, x in self.block.items()}, const, self.tap, at)
 
     def copy(self) -> Run:
-        return Run(self.codec, self.block, self.const)
+        return Run(self.codec, self.block, self.const, self.tap, self.start if self.at is None else self.at.view)

@@ -6,69 +6,30 @@ runs: frozen ones first, the exact tail last. Slot i is the i-th of both planes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from kvloom.core.codec import Codec, Const, Exact, Plane
+from kvloom.core.codec import Codec, Const, Plane, of_heads
+from kvloom.core.kind import EXACT, Kind, Tail
 from kvloom.core.rows import Rows
 from kvloom.core.run import Buffer, Run, gather
 
 __all__ = ["EXACT", "Kind", "Segment", "Tail"]
 
-EXACT = Exact()
 SMALL = 256  # a sealed run below this many slots is copied when it grows again; a longer one is left shared
-
-
-@dataclass(frozen=True)
-class Tail:
-    """When a plane freezes: `every` slots at a time, of those older than the newest `keep`."""
-
-    every: int = 1
-    keep: int = 0
-
-    def due(self, n: int) -> int:
-        """How many of n exact slots are to be frozen now."""
-        return max(0, n - self.keep) // self.every * self.every
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How one class of slots is stored. `fold`: what arrives is merged into one slot per head.
-
-    `turn`: the class keeps its distance to the newest tokens as if nothing between had been dropped, by rotating the
-    query (StreamingLLM's positions inside the cache).
-    """
-
-    key: Codec = EXACT
-    value: Codec = EXACT
-    key_tail: Tail = Tail()
-    value_tail: Tail = Tail()
-    fold: bool = False
-    turn: bool = False
-
-    @property
-    def exact(self) -> bool:
-        return self.key.exact and self.value.exact
-
-    @property
-    def unit(self) -> int:
-        """Slots that are freed together once frozen."""
-        return max(self.key.unit, self.value.unit)
-
-    def frozen(self, n: int) -> tuple[int, int]:
-        """Slots of the key plane and of the value plane that are encoded when n are held."""
-        keys = 0 if self.key.exact else self.key_tail.due(n)
-        return keys, 0 if self.value.exact else self.value_tail.due(n)
 
 
 class _Plane:
     """The runs of keys or of values."""
 
-    def __init__(self, codec: Codec, tail: Tail, which: Plane) -> None:
-        self.codec, self.rule, self.which = codec, tail, which
-        self.const: Const = {}
+    def __init__(self, kind: Kind, which: Plane) -> None:
+        self.which, key = which, which == "key"
+        self.codec, self.rule = (kind.key, kind.key_tail) if key else (kind.value, kind.value_tail)
+        self.const: Const = kind.key_const if key else kind.value_const
+        self.tap = kind.tap if key else None
+        self.fitted = False
         self.runs: list[Run] = []
 
     @property
@@ -88,31 +49,44 @@ class _Plane:
             a, b = max(start - at, 0), min(stop - at, run.n)
             if a < b:
                 unit = run.codec.unit
-                x = run.codec.decode(run.part(a // unit * unit, -(-b // unit) * unit), run.const)
+                x = run.read(a // unit * unit, -(-b // unit) * unit)
                 parts.append(x[:, a % unit : a % unit + b - a])
             at += run.n
         return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[-1].dtype) for part in parts], 1)
 
-    def append(self, codec: Codec, x: Tensor) -> None:
-        """Encodes x [h, m, D] and puts it behind the last run of that codec."""
+    @property
+    def unfit(self) -> bool:
+        """Whether the codec still has to take constants from the rows at hand."""
+        return self.codec.fits and not self.fitted
+
+    def append(self, codec: Codec, x: Tensor, at: int | Tensor = 0) -> None:
+        """Encodes x [h, m, D] and puts it behind the last run of that codec. `at`: places in the text, for a tap."""
         if codec is EXACT and self.runs and self.runs[-1].codec is EXACT and not self.runs[-1].sealed:
             self.runs[-1].fields["x"].append(x)
             return
+        tap = None if codec.exact else self.tap
+        if tap is not None:
+            where = at if isinstance(at, Tensor) else torch.arange(at, at + x.shape[1], device=x.device)[None]
+            x = tap.off(x, where)
         block = codec.encode(x, self.const)
-        at = next((i for i in reversed(range(len(self.runs))) if self.runs[i].codec is codec), None)
-        if at is not None and self.runs[at].sealed and self.runs[at].n < SMALL:
-            self.runs[at] = self.runs[at].copy()  # a short run that a fork shares: cheaper to copy than to attend apart
-        if at is not None and not self.runs[at].sealed:
-            self.runs[at].append(block)
+        last = next((i for i in reversed(range(len(self.runs))) if self.runs[i].codec is codec), None)
+        if last is not None and not self.runs[last].grows:
+            last = None
+        if last is not None and self.runs[last].sealed and self.runs[last].n < SMALL:
+            self.runs[last] = self.runs[
+                last
+            ].copy()  # a short run that a fork shares: cheaper to copy than to attend apart
+        if last is not None and not self.runs[last].sealed:
+            self.runs[last].append(block, at)
         else:
-            fresh = Run(codec, block, {} if codec.exact else self.const)
+            fresh = Run(codec, block, {} if codec.exact else self.const, tap, at)
             self.runs.insert(len(self.runs) if codec is EXACT else self._frozen_runs(), fresh)
 
     def _frozen_runs(self) -> int:
         return sum(not run.codec.exact for run in self.runs)
 
-    def settle(self) -> None:
-        """Freezes what is due. Nothing is ever encoded twice."""
+    def settle(self, index: Callable[[int, int], int | Tensor]) -> None:
+        """Freezes what is due. Nothing is ever encoded twice. `index` gives the places in the text of slots [a, b)."""
         if self.codec.exact:
             return
         tail = [run for run in self.runs if run.codec.exact]
@@ -124,7 +98,9 @@ class _Plane:
             self.runs = [run for run in self.runs if not run.codec.exact]
             self.append(EXACT, exact)
             tail = self.runs[-1:]
-        self.append(self.codec, tail[0].decode()[:, :due])
+        done = self.frozen
+        at = 0 if self.tap is None else index(done, done + due)
+        self.append(self.codec.sized(due), tail[0].decode()[:, :due], at)
         if due == tail[0].n:
             self.runs.remove(tail[0])
         else:
@@ -185,8 +161,7 @@ class Segment:
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
-        self.key = _Plane(kind.key, kind.key_tail, "key")
-        self.value = _Plane(kind.value, kind.value_tail, "value")
+        self.key, self.value = _Plane(kind, "key"), _Plane(kind, "value")
         self.cols: dict[str, Buffer] = {}
         self.n, self.start = 0, 0
         self._late = 0  # newest slots that the index column does not have yet: consecutive, the last before `_next`
@@ -223,8 +198,8 @@ class Segment:
     def column(self, name: str) -> Tensor | None:
         return self.cols[name].view if name in self.cols else None
 
-    def append(self, rows: Rows) -> None:
-        """Adds slots, exact until the next `settle`."""
+    def append(self, rows: Rows, settled: bool = False) -> None:
+        """Adds slots, exact until the next `settle`; with `settled`, those that are due are encoded as they come."""
         m = rows.n
         if m == 0:
             return
@@ -236,8 +211,9 @@ class Segment:
             if name not in self.cols:
                 self._column(name, rows.cols[name].new_zeros((rows.cols[name].shape[0], self.n)))
             self._extend(name, rows.cols.get(name, self.cols[name].data.new_zeros((1, m))))
-        self.key.append(EXACT, rows.k)
-        self.value.append(EXACT, rows.v)
+        for plane, x in ((self.key, rows.k), (self.value, rows.v)):
+            whole = settled and not plane.codec.exact and plane.frozen == self.n and plane.rule.due(m) == m
+            plane.append(plane.codec.sized(m) if whole else EXACT, x, rows.index if whole and plane.tap else 0)
         self.n += m
 
     def _place(self, rows: Rows) -> None:
@@ -292,7 +268,7 @@ class Segment:
             self.drop_front(gone)
             return
         if gone * 8 <= self.n and self.key.writable and self.value.writable:
-            self._fill_holes(slots)
+            self._fill_holes(_others(slots, self.n))
             return
         self._column("index", self.index)
         for name, buffer in self.cols.items():
@@ -300,6 +276,14 @@ class Segment:
         self.key.take(slots)
         self.value.take(slots)
         self.n = slots.shape[1]
+
+    def drop(self, slots: Tensor) -> None:
+        """Drops the slots [h, r] (ascending; whole units where frozen) and frees their bytes."""
+        r = slots.shape[1]
+        if r * 8 > self.n or self.consecutive or not (self.key.writable and self.value.writable):
+            self.keep(_others(slots, self.n))
+        elif r:
+            self._fill_holes(slots)
 
     @property
     def consecutive(self) -> bool:
@@ -317,35 +301,31 @@ class Segment:
         self.key.own()
         self.value.own()
 
-    def _fill_holes(self, slots: Tensor) -> None:
-        """Few slots leave an exact segment: the last ones move into the holes, O(dropped) instead of O(held)."""
-        h, left = slots.shape
-        kept = torch.zeros(h, self.n, dtype=torch.bool, device=slots.device).scatter_(1, slots, True)
+    def _fill_holes(self, gone: Tensor) -> None:
+        """Few slots [h, r] leave an exact segment: the last ones move into the holes, O(dropped) instead of O(held)."""
+        h, r = gone.shape
+        left = self.n - r
         self._column("index", self.index)
+        late = torch.arange(left, self.n, device=gone.device).expand(h, -1)
+        if r > 1:  # of the last ones those that stay come first, as many as there are holes in front of them
+            leaving = torch.zeros(h, self.n, dtype=torch.bool, device=gone.device).scatter_(1, gone, True)
+            late = late.gather(1, leaving[:, left:].byte().argsort(dim=-1, stable=True))
+        for buffer in (self.key.runs[0].fields["x"], self.value.runs[0].fields["x"]):
+            _put(buffer, gone, late, left)
         for name, buffer in self.cols.items():
             if buffer.data.shape[0] != h:
-                self.cols[name] = Buffer(buffer.view.expand(h, -1))
-        # Holes among the first `left` slots and survivors behind them are equally many, but how many differs by head:
-        # both lists are padded with the first slot behind the cut, which nobody reads any more.
-        gone = self.n - left
-        found, hole = (~kept[:, :left]).byte().topk(gone, -1)
-        hole = torch.where(found.bool(), hole, left)
-        found, late = kept[:, left:].byte().topk(gone, -1)
-        late = torch.where(found.bool(), late + left, left)
-        rows = self.read(late)
-        heads = torch.arange(h, device=slots.device)[:, None]
-        for x, run in ((rows.k, self.key.runs[0]), (rows.v, self.value.runs[0])):
-            run.fields["x"].view[heads, hole] = x
-            run.fields["x"].cut(left)
-        for name, x in {**rows.cols, "index": rows.where}.items():
-            self.cols[name].view[heads, hole] = x
-            self.cols[name].cut(left)
+                buffer = self.cols[name] = Buffer(buffer.view.expand(h, -1))
+            _put(buffer, gone, late, left)
         self.n = left
 
     def settle(self) -> None:
         """Freezes what is due in both planes."""
-        self.key.settle()
-        self.value.settle()
+        self.key.settle(self._places)
+        self.value.settle(self._places)
+
+    def _places(self, start: int, stop: int) -> int | Tensor:
+        """Text index of the slots [start, stop): of the first where they are consecutive, else of each, [h or 1, n]."""
+        return self.start + start if "index" not in self.cols else self.index[:, start:stop]
 
     def truncate(self, length: int) -> None:
         """Drops slots whose text index is `length` or more. A unit that is cut in half keeps its dead slots, hidden."""
@@ -374,7 +354,7 @@ class Segment:
         twin.n, twin.start = self.n, self.start
         for mine, its in ((self.key, twin.key), (self.value, twin.value)):
             its.runs = [run.heads(at) for run in mine.runs]
-            its.const = {name: x[at] for name, x in mine.const.items()}
+            its.const, its.fitted = {name: of_heads(x, at) for name, x in mine.const.items()}, mine.fitted
         twin.cols = {c: Buffer(b.view if b.data.shape[0] == 1 else b.view[at]) for c, b in self.cols.items()}
         return twin
 
@@ -386,6 +366,23 @@ class Segment:
         for mine, its in ((self.key, twin.key), (self.value, twin.value)):
             for run in mine.runs:
                 run.sealed = True
-            its.runs, its.const = list(mine.runs), mine.const
+            its.runs, its.const, its.fitted = list(mine.runs), mine.const, mine.fitted
         twin.cols = {name: Buffer(buffer.view) for name, buffer in self.cols.items()}
         return twin
+
+
+def _others(slots: Tensor, n: int) -> Tensor:
+    """The other ones of n slots than these [h, r], both ascending: [h, n - r]."""
+    h, r = slots.shape
+    before = slots - torch.arange(r, device=slots.device)  # others in front of each
+    at = torch.arange(n - r, device=slots.device).expand(h, -1).contiguous()
+    return at + torch.searchsorted(before, at, right=True)
+
+
+def _put(buffer: Buffer, holes: Tensor, late: Tensor, left: int) -> None:
+    """Rows `late` move into `holes` [h, r]; then all but the first `left` rows are forgotten."""
+    x = buffer.view
+    beside = (*holes.shape, *(1,) * (x.dim() - 2))
+    holes, late = (at.reshape(beside).expand(*at.shape, *x.shape[2:]) for at in (holes, late))
+    x.scatter_(1, holes, x.gather(1, late))
+    buffer.cut(left)

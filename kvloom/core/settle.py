@@ -16,9 +16,22 @@ from kvloom.core.step import Step
 __all__ = ["fit", "freeze", "place", "slack"]
 
 
-def place(step: Step, policy: Policy) -> list[Group]:
-    """Applies a policy to one group. Returns the groups it became (one, unless its heads now hold unequally many)."""
-    n, budget = sum(step.group.segments[name].n for name in policy.over), policy.budget(step)
+def place(steps: list[Step], policy: Policy) -> list[list[Group]]:
+    """Applies a policy to the groups of a layer. Returns what each became (one, unless its heads now hold unequally many)."""
+    if policy.allot is None:
+        return [_place(step, policy) for step in steps]
+    budget, over = _over(steps, policy)
+    if budget is None or over <= (policy.every - 1) * steps[0].site.kv_heads:
+        return [[step.group] for step in steps]
+    assert policy.score is not None
+    tables = [Table(step.group, policy.over, step.q.device) for step in steps]
+    scores = [policy.score(step, table) for step, table in zip(steps, tables, strict=True)]
+    shares = policy.allot(steps, tables, scores, budget)
+    return [_share(step, policy, *each) for step, *each in zip(steps, scores, shares, strict=True)]
+
+
+def _place(step: Step, policy: Policy) -> list[Group]:
+    n, budget = _held(step, policy), policy.budget(step)
     due = budget is not None and n > 0 and (n - budget >= policy.every or step.first < policy.sorts)
     # A score that adds up over all queries (queries < 0) is owed to every forward; others only when they decide something.
     if not due and (policy.score is None or policy.score.queries >= 0):
@@ -27,7 +40,25 @@ def place(step: Step, policy: Policy) -> list[Group]:
     scores = None if policy.score is None else policy.score(step, table)
     if not due or budget is None:
         return [step.group]
-    if n > budget:
+    return _apply(step, table, scores, budget, policy)
+
+
+def _share(step: Step, policy: Policy, scores: Tensor, share: Tensor) -> list[Group]:
+    """Heads that may keep equally many stay together."""
+    sizes = share.unique().tolist()
+    lists = [(share == size).nonzero()[:, 0] for size in sizes]
+    groups = [step.group] if len(sizes) == 1 else step.group.split(lists)
+    found = []
+    for size, at, group in zip(sizes, lists, groups, strict=True):
+        part = step if len(sizes) == 1 else step.of_heads(at, group)
+        table = Table(group, policy.over, step.q.device)
+        found += _apply(part, table, scores[at], size, policy) if table.n > size else [group]
+    return found
+
+
+def _apply(step: Step, table: Table, scores: Tensor | None, budget: int, policy: Policy) -> list[Group]:
+    """Lets the placement route the slots of one group, and moves them."""
+    if table.n > budget:
         for _, segment in table.parts:
             segment.own()
     route = policy.place(step, table, scores, budget)
@@ -39,21 +70,34 @@ def place(step: Step, policy: Policy) -> list[Group]:
         slots = route.slots.expand(step.heads, -1)
         if route.to != DROP:
             _move(step, table, segment, slots, route.to)
-        segment.keep(_others(slots, segment.n))
+        segment.drop(slots)
         return [step.group]
     if route.shape[0] != step.heads:
         route = route.expand(step.heads, -1)
     return _route(step, table, route)
 
 
-def slack(step: Step, policy: Policy | None) -> float:
-    """How many single decoded tokens certainly need no `place` after this step."""
+def _held(step: Step, policy: Policy) -> int:
+    return sum(step.group.segments[name].n for name in policy.over)
+
+
+def _over(steps: list[Step], policy: Policy) -> tuple[int | None, int]:
+    """The budget of a head, and how many slots all heads of the layer hold beyond theirs."""
+    budget = policy.budget(steps[0])
+    return budget, 0 if budget is None else sum(s.group.heads_of(s.site) * (_held(s, policy) - budget) for s in steps)
+
+
+def slack(steps: list[Step], policy: Policy | None) -> float:
+    """How many single decoded tokens certainly need no `place` after these steps, one for each group of a layer."""
     if policy is None:
         return math.inf
-    if (policy.score is not None and policy.score.queries < 0) or step.length < policy.sorts:
+    if (policy.score is not None and policy.score.queries < 0) or steps[0].length < policy.sorts:
         return 0
-    n, budget = sum(step.group.segments[name].n for name in policy.over), policy.budget(step)
-    return math.inf if budget is None else policy.every - (n - budget) - 1
+    if policy.allot is not None:
+        budget, over = _over(steps, policy)
+        return math.inf if budget is None else policy.every - 1 - math.ceil(over / steps[0].site.kv_heads)
+    budgets = [(policy.budget(step), _held(step, policy)) for step in steps]
+    return min(math.inf if budget is None else policy.every - (n - budget) - 1 for budget, n in budgets)
 
 
 def _route(step: Step, table: Table, route: Tensor) -> list[Group]:
@@ -84,15 +128,7 @@ def _move(step: Step, table: Table, segment: Segment, slots: Tensor, to: int) ->
     rows, name = segment.read(slots), step.classes[to]
     if name not in table.over:  # what scorers remember is of no use there
         rows = replace(rows, cols={c: x for c, x in rows.cols.items() if c == "logw"})
-    step.group.segments[name].append(rows)
-
-
-def _others(slots: Tensor, n: int) -> Tensor:
-    """The other ones of n slots than these [h, r], both ascending: [h, n - r]."""
-    h, r = slots.shape
-    before = slots - torch.arange(r, device=slots.device)  # others in front of each
-    at = torch.arange(n - r, device=slots.device).expand(h, -1).contiguous()
-    return at + torch.searchsorted(before, at, right=True)
+    step.group.segments[name].append(rows, settled=True)
 
 
 def _where(mask: Tensor) -> Tensor:
@@ -129,8 +165,9 @@ def fit(step: Step) -> None:
     """Gives codecs the constants that they take from the first rows, before anything is dropped or encoded."""
     for segment in step.group.segments.values():
         for plane in (segment.key, segment.value):
-            if plane.codec.fits and not plane.const:
-                plane.const = plane.codec.fit(step, _keys(step.group.segments["main"]))
+            if plane.unfit:
+                plane.const = {**plane.const, **plane.codec.fit(step, _keys(step.group.segments["main"]))}
+                plane.fitted = True
 
 
 def _keys(segment: Segment) -> Tensor:

@@ -60,7 +60,8 @@ class Step:
         In tiles, so nothing of size T x T exists; each row's weights over all slots sum to one.
         """
         if self.seen is not None:
-            return torch.cat([self.seen[name] for name, _ in table.parts], -1)
+            parts = [self.seen[name] for name, _ in table.parts]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return torch.cat([self._mass(name, segment) for name, segment in table.parts], -1)
 
     def _mass(self, name: str, segment: Segment) -> Tensor:

@@ -18,15 +18,18 @@ from kvloom.errors import CacheError, ModelError
 if TYPE_CHECKING:
     from kvloom.core.cache import KVLayer
 
-__all__ = ["Update", "watched"]
+__all__ = ["Mask", "Update", "watched"]
 
-Watcher = Callable[[int, Tensor, Tensor, Logits], None]
+Mask = LazyMask | DenseMask | None
+Watcher = Callable[[int, Tensor, Tensor, Logits, Mask, Tensor | None], None]
 _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 
 @contextmanager
 def watched(by: Watcher) -> Iterator[None]:
-    """Calls `by(layer, query [B, Hq, m, D], output [B, m, Hq, Dv], logits)` after every attention of a managed layer."""
+    """Calls `by(layer, query [B, Hq, m, D], output [B, m, Hq, Dv], logits, mask, sinks)` after every attention of a managed
+    layer. `mask.row(b, gaps, None)` gives what is visible beyond causal to row b; `sinks` [Hq]: learned ones, or None.
+    """
     token = _watcher.set(by)
     try:
         yield
@@ -87,7 +90,7 @@ class Update:
                 out[b, slice(None) if real is None else real] = got.transpose(0, 1)
         watcher = _watcher.get()
         if watcher is not None:
-            watcher(self.layer.site.layer, query, out, logits)
+            watcher(self.layer.site.layer, query, out, logits, held, sinks)
         return out
 
     def sdpa(self, query: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
 
 from kvloom.core.recipe import Recipe
 from kvloom.core.site import Site
 from kvloom.core.step import Step
 from kvloom.errors import RecipeError
 
-__all__ = ["Size", "Tokens", "fraction", "read_bytes"]
+__all__ = ["Pyramid", "Size", "Tokens", "fraction", "read_bytes"]
 
 Size = int | float | str
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -30,13 +33,14 @@ class Tokens:
     """`size` is slots per layer and KV head (int), a ratio of the prompt (float up to 1), or bytes ("64MiB").
 
     A ratio of 1.0 sets no limit. `held(n)` says how many slots of each class a head holds at a budget of n, for a budget in bytes. `least`
-    slots must fit: sinks and window.
+    slots must fit: sinks and window. `uneven`: heads or layers hold unequally many, n on average.
     """
 
     size: Size
     least: int = 1
     held: Callable[[int], dict[str, int]] = lambda n: {"main": n}
     limit: int | None = None
+    uneven: bool = False
 
     def __post_init__(self) -> None:
         size = self.size
@@ -60,7 +64,7 @@ class Tokens:
         total = max(site.layers for site in sites) / len(sites)
 
         def needed(n: int) -> float:
-            return total * sum(recipe.nbytes(site, self.held(n)) + recipe.state(site) for site in sites)
+            return total * self._needed(recipe, sites, n)
 
         if needed(self.least) > wanted:
             raise RecipeError(
@@ -75,12 +79,61 @@ class Tokens:
             low, high = (middle, high) if needed(middle) <= wanted else (low, middle)
         return replace(self, limit=low)
 
+    def _needed(self, recipe: Recipe, sites: list[Site], n: int) -> int:
+        """Bytes of these layers at a budget of n."""
+        return sum(self._layer(recipe, site, n) for site in sites)
+
+    def _layer(self, recipe: Recipe, site: Site, n: int) -> int:
+        if not self.uneven:
+            return recipe.nbytes(site, self.held(n)) + recipe.state(site)
+        kind = recipe.kinds["main"]  # where heads or layers differ, some wait just before a group of slots is encoded
+        tails = [t for codec, t in ((kind.key, kind.key_tail), (kind.value, kind.value_tail)) if not codec.exact]
+        before = [max(0, n - (n - tail.keep) % tail.every - 1) for tail in tails]
+        most = max(recipe.nbytes(site, self.held(each)) for each in (n, *before))
+        return most + recipe.state(site) + site.kv_heads * torch.int64.itemsize
+
     def __call__(self, step: Step) -> int | None:
         if self.limit is not None:
             return self.limit
         if isinstance(self.size, float):
             return None if self.size == 1.0 else fraction(self.size, step.prompt)
         return int(self.size)
+
+
+@dataclass(frozen=True)
+class Pyramid(Tokens):
+    """Lower layers keep more, in equal steps, and `size` on average over the layers (PyramidKV, arXiv 2406.02069).
+
+    Without the `window`, which all layers keep, the last layer gets one `beta`-th of the mean, the first one the rest of
+    twice the mean; no layer gets more than there is. Prompts shorter than twice the mean are cut evenly.
+    """
+
+    uneven: bool = True
+    window: int = 1
+    beta: int = 20
+    order: tuple[int, ...] = ()  # the layers that the recipe manages
+
+    def bind(self, recipe: Recipe, sites: list[Site]) -> Tokens:
+        return Tokens.bind(replace(self, order=tuple(site.layer for site in sites)), recipe, sites)
+
+    def _needed(self, recipe: Recipe, sites: list[Site], n: int) -> int:
+        """Behind a long prompt or a short one, whichever is more."""
+        uneven = [self._share(n, site.layer, 1 << 40) for site in sites]
+        return max(sum(map(partial(self._layer, recipe), sites, shares)) for shares in (uneven, [n] * len(sites)))
+
+    def __call__(self, step: Step) -> int | None:
+        size = super().__call__(step)
+        return size if size is None else self._share(size, step.site.layer, step.prompt)
+
+    def _share(self, size: int, layer: int, prompt: int) -> int:
+        """Slots of one layer."""
+        mean, layers = size - self.window, len(self.order)
+        if layers < 2 or prompt < 2 * mean:
+            return size
+        first = min(2 * mean - mean // self.beta, prompt - self.window)
+        # steps are whole slots, rounded down, so the layers keep up to half a slot per layer more than the mean
+        step = (2 * first - 2 * mean) // (layers - 1)
+        return first - self.order.index(layer) * step + self.window
 
 
 def fraction(ratio: float, of: int) -> int:

@@ -43,8 +43,10 @@ class Keep:
             return max(0, table.n - budget)
         plain = type(self).route is Keep.route and self.sinks_to is None
         if plain and scores is not None and table.n > budget and table.rectangle:
-            slots = self._scored(step, table.index, scores, budget).topk(table.n - budget, -1, largest=False).indices
-            return Away(slots.sort(-1).values, self._target(step))
+            scores, over = self._scored(step, table.index, scores, budget), table.n - budget
+            if over == 1:
+                return Away(scores.argmin(-1, keepdim=True), self._target(step))
+            return Away(scores.topk(over, -1, largest=False).indices.sort(-1).values, self._target(step))
         return self.route(step, table, scores, budget)
 
     def _target(self, step: Step) -> int:
@@ -57,7 +59,8 @@ class Keep:
             newest = budget - int((index[0] < self.sinks).sum())
         else:
             newest = int(self.newest * budget) if isinstance(self.newest, float) else min(self.newest, budget)
-        return scores.masked_fill((index >= step.length - newest) | (index < self.sinks), torch.inf)
+        stays = index >= step.length - newest
+        return scores.masked_fill(stays | (index < self.sinks) if self.sinks else stays, torch.inf)
 
     def route(self, step: Step, table: Table, scores: Tensor | None, budget: int) -> Tensor:
         """The class of every slot."""

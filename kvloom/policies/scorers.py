@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,10 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvloom.core.codec import Plane
 from kvloom.core.group import Table
+from kvloom.core.segment import Segment
 from kvloom.core.step import Step
 
-__all__ = ["Accumulated", "Window"]
+__all__ = ["Accumulated", "Distinct", "Expected", "LastToken", "Window"]
+
+BLOCK = 1024  # slots or queries at a time, where a scorer makes something of their size
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,94 @@ class Accumulated:
     columns = 1
 
     def __call__(self, step: Step, table: Table) -> Tensor:
-        total: Tensor = table.column("mass", step.heads) + step.mass(table).sum(1)
-        table.store("mass", total)
-        return torch.Tensor.contiguous(total)
+        return table.add("mass", step.mass(table).sum(1))
+
+
+@dataclass(frozen=True)
+class LastToken:
+    """Attention of the newest token, itself included, averaged over all query heads: one score for the whole layer.
+
+    TOVA (arXiv 2401.06104). Heads of a layer hold the same slots, so this is for placements of scope "layer".
+    """
+
+    queries = 1
+    columns = 0
+
+    def __call__(self, step: Step, table: Table) -> Tensor:
+        mean = step.window(table, 1).mean((0, 1))
+        return mean.expand(step.heads, -1)
+
+
+@dataclass(frozen=True)
+class Distinct:
+    """How little a key points where the keys of its head point on average (KeyDiff, arXiv 2504.15364).
+
+    Minus the cosine between the key and the mean of all keys of length one. Looks at no query.
+    """
+
+    queries = 0
+    columns = 0
+
+    def __call__(self, step: Step, table: Table) -> Tensor:
+        unit = [[F.normalize(x, dim=-1) for x in _blocks(segment, "key")] for _, segment in table.parts]
+        total = sum(x.sum(1, keepdim=True) for parts in unit for x in parts)
+        anchor = F.normalize(torch.as_tensor(total), dim=-1)
+        return -torch.cat([(x * anchor).sum(-1) for parts in unit for x in parts], -1)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Attention that queries to come are expected to give, times the length of the value (arXiv 2510.00636).
+
+    Queries before RoPE are taken as normally distributed, with the mean and covariance of those seen: all of a forward
+    (`queries` -1) or the newest. They are rotated by the mean rotation of the next `ahead` positions. For a normal
+    query the expected exponential of a logit is exp(mean + variance / 2). Sinks take no part.
+    """
+
+    queries: int = -1
+    ahead: int = 512
+    sinks: int = 4
+    columns = 0
+
+    def __call__(self, step: Step, table: Table) -> Tensor:
+        mean, cov = self._moments(step)
+        scale, parts = step.logits.scale, []
+        for _, segment in table.parts:
+            for k in _blocks(segment, "key"):
+                s = (k[:, None] @ mean[..., None])[..., 0] * scale
+                s += ((k[:, None] @ cov) * k[:, None]).sum(-1) * (scale * scale / 2)
+                parts.append(s)
+        s = torch.cat(parts, -1).masked_fill_((table.index < self.sinks)[:, None], -torch.inf)
+        norms = torch.cat([v.norm(dim=-1) for _, segment in table.parts for v in _blocks(segment, "value")], -1)
+        return s.softmax(-1).mean(1).nan_to_num_(0.0) * norms
+
+    def _moments(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Mean [h, g, D] and covariance [h, g, D, D] of the queries to come, fp32."""
+        q = step.q if self.queries < 0 else step.recent
+        assert q is not None
+        first = step.length - q.shape[2]
+        skip = min(max(0, self.sinks - first), q.shape[2] - 1)  # queries of the sinks are no example of others
+        rope, pivot, n = step.site.rope, None, q.shape[2] - skip
+        total = square = torch.zeros((), device=q.device)
+        for start in range(skip, q.shape[2], BLOCK):
+            x = q[:, :, start : start + BLOCK].float()
+            if rope is not None:
+                x = rope.unrotate(x, torch.arange(first + start, first + start + x.shape[2], device=q.device))
+            pivot = x.mean(2, keepdim=True) if pivot is None else pivot  # near the mean, so that little cancels
+            x = x - pivot
+            total, square = total + x.sum(2), square + x.mT @ x
+        assert pivot is not None
+        off = total / n
+        mean, cov = pivot[:, :, 0] + off, square / n - off[..., :, None] * off[..., None, :]
+        if rope is not None:
+            ahead = torch.arange(step.length, step.length + self.ahead, device=q.device)
+            mean = rope.average(mean, ahead)
+            cov = rope.average(rope.average(cov, ahead).mT, ahead)
+        return mean, cov
+
+
+def _blocks(segment: Segment, which: Plane) -> Iterator[Tensor]:
+    """Keys or values of a segment, decoded, [h, up to BLOCK, D] fp32 at a time."""
+    plane = segment.key if which == "key" else segment.value
+    for start in range(0, segment.n, BLOCK):
+        yield plane.dense(start, min(start + BLOCK, segment.n)).float()

@@ -1,5 +1,6 @@
 """RazorAttention: retrieval heads keep everything; the others keep both ends and one slot that stands for the rest."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -102,7 +103,13 @@ def razorattention(
 
     kinds = {"main": Kind(), "mean": Kind(fold=True)}
     outline = Policy(Tokens(1.0), Keep(to="mean"))  # what composition needs to know before there is a model
-    return Recipe("razorattention", {"prompt": outline, "decode": outline}, kinds, prepare=prepare, sketch=sketch)
+
+    def profiled(model: PreTrainedModel, ids: Tensor, path: Path, tell: Callable[[str], None]) -> dict[str, Tensor]:
+        tell("random tokens that repeat")  # in place of a text
+        return calibrate(model, path)
+
+    policy = {"prompt": outline, "decode": outline}
+    return Recipe("razorattention", policy, kinds, prepare=prepare, sketch=sketch, calibrate=profiled)
 
 
 def calibrate(model: PreTrainedModel, path: str | Path, tokens: int = 2500, seed: int = 0) -> dict[str, Tensor]:

@@ -7,29 +7,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvloom.core.codec import Block, Codec, Const, Plane
+from kvloom.core.codec import Block, Codec, Const
+from kvloom.segments.nested import Nested
 
 if TYPE_CHECKING:
-    from kvloom.core.site import Site
     from kvloom.core.step import Step
 
 __all__ = ["Balance"]
 
 
-class Balance(Codec):
+class Balance(Nested):
     """Stores k * b in the inner codec and asks it with q / b, where b = sqrt(max |q| / max |k|) by head and channel.
 
     b is taken from the first prompt and then frozen, since codes made with one b can't be read with another.
     """
 
     def __init__(self, inner: Codec) -> None:
-        self.inner, self.per, self.unit, self.fits = inner, inner.per, inner.unit, True
+        super().__init__(inner)
+        self.fits = True
 
     def __repr__(self) -> str:
         return f"Balance({self.inner!r})"
-
-    def check(self, site: Site, plane: Plane) -> None:
-        self.inner.check(site, plane)
 
     def fit(self, step: Step, keys: Tensor) -> Const:
         q = step.q.float().abs().amax((1, 2))
@@ -51,6 +49,3 @@ class Balance(Codec):
             return None
         kept.append((q / const["balance"][:, None]).to(q.dtype))
         return self.inner.describe(block, const, kept[-1], kept)
-
-    def nbytes(self, n: int, dim: int, itemsize: int) -> int:
-        return self.inner.nbytes(n, dim, itemsize)

@@ -5,12 +5,12 @@ z = min, s = (max - min) / (2**bits - 1), code = round((x - z) / s), and x is re
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from kvloom.core.codec import Block, Codec, Const, Plane, Scope
+from kvloom.core.codec import Block, Codec, Const, Plane
 from kvloom.core.site import Site
 from kvloom.errors import RecipeError
 from kvloom.kernels import reference
@@ -29,8 +29,6 @@ class MinMax(Codec):
     Block: codes uint8 [h, n / group, D, group * bits / 8] or [h, n, D * bits / 8]; scale and zero [h, n / group, D] or
     [h, n, D / group].
     """
-
-    scope: ClassVar[Scope] = "head"
 
     def __init__(self, bits: int, group: int | None, along: Literal["tokens", "channels"]) -> None:
         if bits not in BITS:
@@ -127,6 +125,6 @@ class MinMax(Codec):
         group = self.group or block["codes"].shape[2] * 8 // self.bits
         return kernels.packed(self.along, self.bits, group, block["codes"], block["scale"], block["zero"], q)
 
-    def nbytes(self, n: int, dim: int, itemsize: int) -> int:
+    def nbytes(self, n: int, heads: int, dim: int, itemsize: int) -> int:
         group = self.group or dim
-        return n * dim * self.bits // 8 + 2 * 2 * (n * dim // group)
+        return heads * (n * dim * self.bits // 8 + 2 * 2 * (n * dim // group))

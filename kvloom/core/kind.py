@@ -1,0 +1,75 @@
+"""What a class of slots is: how it is stored, when it is encoded, how attention takes it in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from kvloom.core.codec import Codec, Const, Exact
+from kvloom.core.site import Site
+from kvloom.core.tap import Tap, tap_of
+
+__all__ = ["EXACT", "Kind", "Merge", "Tail"]
+
+EXACT = Exact()
+
+
+@dataclass(frozen=True)
+class Tail:
+    """When a plane freezes: `every` slots at a time, of those older than the newest `keep`."""
+
+    every: int = 1
+    keep: int = 0
+
+    def due(self, n: int) -> int:
+        """How many of n exact slots are to be frozen now."""
+        return max(0, n - self.keep) // self.every * self.every
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How a class joins the softmax if it is attended to apart: its logits are divided by `temperature`, and the log-sum-exp
+    of all its slots together is multiplied by `power` before it is merged with that of the others (APE, arXiv 2502.05431).
+    """
+
+    temperature: float = 1.0
+    power: float = 1.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one class of slots is stored. `fold`: what arrives is merged into one slot per head.
+
+    `turn`: the class keeps its distance to the newest tokens as if nothing between had been dropped, by rotating the
+    query (StreamingLLM's positions inside the cache). `merge`: the class is attended to apart, and joined that way.
+    """
+
+    key: Codec = EXACT
+    value: Codec = EXACT
+    key_tail: Tail = Tail()
+    value_tail: Tail = Tail()
+    fold: bool = False
+    turn: bool = False
+    merge: Merge | None = None
+    tap: Tap | None = field(default=None, compare=False, repr=False)
+    key_const: Const = field(default_factory=dict, compare=False, repr=False)
+    value_const: Const = field(default_factory=dict, compare=False, repr=False)
+
+    def at(self, site: Site) -> Kind:
+        """The kind in one layer: where keys are taken from, and what its codecs know there before any text."""
+        tap = tap_of(site) if self.key.tap == "pre-rope" else None
+        consts = self.key.const(site, "key"), self.value.const(site, "value")
+        return replace(self, tap=tap, key_const=consts[0], value_const=consts[1])
+
+    @property
+    def exact(self) -> bool:
+        return self.key.exact and self.value.exact
+
+    @property
+    def unit(self) -> int:
+        """Slots that are freed together once frozen."""
+        return max(self.key.unit, self.value.unit)
+
+    def frozen(self, n: int) -> tuple[int, int]:
+        """Slots of the key plane and of the value plane that are encoded when n are held."""
+        keys = 0 if self.key.exact else self.key_tail.due(n)
+        return keys, 0 if self.value.exact else self.value_tail.due(n)

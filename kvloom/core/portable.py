@@ -1,0 +1,314 @@
+"""What a cache of one sequence holds, as named tensors and small facts, and back: the same slots, runs and bytes.
+
+Encoded runs travel as their packed bytes. What comes back may come from anywhere, so all of it is checked against the model
+and the recipe before the cache is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvloom.core.cache import KVCache, KVLayer
+from kvloom.core.codec import Block, Codec, Const
+from kvloom.core.kind import EXACT
+from kvloom.core.layer import Layer
+from kvloom.core.mask import Gaps
+from kvloom.core.run import Buffer, Run
+from kvloom.core.segment import Segment
+from kvloom.core.site import Site
+from kvloom.errors import CacheError, KvloomError, ModelError
+
+__all__ = ["FORMAT", "Part", "State", "checked", "dump", "fields_of", "load", "movable", "shape_of"]
+
+FORMAT = 1
+EXACT_RUN = -1  # in the place of the number of a codec's form
+Shape = tuple[int, int, int, torch.dtype]  # KV heads, key width, value width and dtype of a layer
+
+
+class Part(NamedTuple):
+    """Where a tensor belongs: a layer, "key", "value", "column" or "state", and a name there."""
+
+    layer: int
+    plane: str
+    field: str
+
+
+@dataclass(frozen=True)
+class State:
+    """A cache of one sequence. `facts` is plain JSON. `tensors` are the cache's own memory: copy or write them out at once."""
+
+    facts: dict[str, Any]
+    tensors: dict[Part, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.tensors.values())
+
+
+def movable(cache: KVCache) -> list[KVLayer]:
+    """The layers of a cache whose state can be taken out or put in. Raises ModelError if some are not managed."""
+    if cache.left_alone:
+        names = ", ".join(f"{i} ({name})" for i, name in cache.left_alone.items())
+        raise ModelError(
+            f"layers {names} have caches of transformers' own, whose state kvloom does not move (sliding windows, linear "
+            "attention). Only models whose every layer attends to the whole text can be stored."
+        )
+    return list(cache.managed())
+
+
+def shape_of(site: Site) -> Shape:
+    """What keys and values of a layer look like."""
+    return site.kv_heads, site.key_dim, site.value_dim, site.dtype
+
+
+# ---- out
+
+
+def dump(cache: KVCache) -> State:
+    """The state of a cache that holds one sequence.
+
+    Raises CacheError for a batch, an empty cache, or drafts that are not accepted yet; ModelError as `movable` does.
+    """
+    layers = movable(cache)
+    facts: dict[str, Any] = {
+        "format": FORMAT,
+        "recipe": cache.recipe.name,
+        "seen": cache.get_seq_length(),
+        "layers": [],
+    }
+    tensors: dict[Part, Tensor] = {}
+    for layer in layers:
+        if len(layer.rows) != 1:
+            raise CacheError(f"this cache holds {len(layer.rows)} sequences; the state of exactly one can be stored.")
+        if layer.recording or layer.waiting is not None:
+            raise CacheError("drafts or a forward are pending in this cache; store it when they are done.")
+        row, at = layer.rows[0], layer.site.layer
+        row.layer.resolve()
+        groups = []
+        for g, group in enumerate(row.layer.groups):
+            if group.heads is not None:
+                tensors[Part(at, "state", f"heads.{g}")] = group.heads
+            classes = {
+                name: _dump_segment(segment, at, f"{g}.{c}", tensors)
+                for c, (name, segment) in enumerate(group.segments.items())
+            }
+            groups.append({"heads": group.heads is not None, "classes": classes})
+        if row.layer.recent is not None:
+            tensors[Part(at, "state", "queries")] = row.layer.recent.view
+        *shape, dtype = shape_of(layer.site)
+        facts["layers"].append(
+            {
+                "layer": at, "shape": [*shape, str(dtype).removeprefix("torch.")], "length": row.layer.length,
+                "prompt": row.layer.prompt, "dropped_at": row.layer.dropped_at, "gaps": [row.gaps.at, row.gaps.shift],
+                "queries": row.layer.recent is not None, "groups": groups,
+            }
+        )  # fmt: skip
+    return State(facts, tensors)
+
+
+def _dump_segment(segment: Segment, layer: int, prefix: str, tensors: dict[Part, Tensor]) -> dict[str, Any]:
+    planes: dict[str, Any] = {}
+    for which, plane in (("key", segment.key), ("value", segment.value)):
+        forms, listed = plane.codec.forms(), []
+        for r, run in enumerate(plane.runs):
+            form = EXACT_RUN if run.codec.exact else forms.index(run.codec)
+            listed.append([form, run.n, run.sealed, run.start, run.at is not None])
+            for name, x in run.block.items():
+                tensors[Part(layer, which, f"{prefix}.{r}.{name}")] = x
+            if run.at is not None:
+                tensors[Part(layer, "column", f"{prefix}.{which}.{r}.at")] = run.at.view
+        known = segment.kind.key_const if which == "key" else segment.kind.value_const
+        own = sorted(plane.const.keys() - known.keys())  # the others come with the recipe
+        for name in own:
+            tensors[Part(layer, which, f"{prefix}.const.{name}")] = plane.const[name]
+        planes[which] = {"runs": listed, "const": own, "fitted": plane.fitted}
+    if segment.n and "index" in segment.cols:
+        segment.index  # noqa: B018  # writes down what is still only a number
+    for name, buffer in segment.cols.items():
+        tensors[Part(layer, "column", f"{prefix}.{name}")] = buffer.view
+    return {"n": segment.n, "start": segment.start, "columns": sorted(segment.cols), **planes}
+
+
+# ---- in
+
+
+def load(cache: KVCache, state: State, device: torch.device | str = "cpu") -> None:
+    """Fills an empty cache with a state that `dump` gave, of the same model and recipe.
+
+    Raises CacheError, and leaves the cache as it was, for anything that does not agree with the model, the recipe or itself.
+    """
+    layers = movable(cache)
+    if cache.get_seq_length():
+        raise CacheError("a state is put into an empty cache; make a new KVCache.")
+    try:
+        made = _read(cache, layers, state, torch.device(device))
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        if isinstance(error, CacheError):
+            raise
+        raise CacheError(f"the state cannot be read: {type(error).__name__}: {error}") from error
+    for layer, (site, inner, gaps) in zip(layers, made, strict=True):
+        heads, key_dim, value_dim, dtype = shape_of(site)
+        blank = [torch.empty(1, heads, 0, dim, dtype=dtype, device=device) for dim in (key_dim, value_dim)]
+        layer.lazy_initialization(*blank)
+        layer.rows[0].layer, layer.rows[0].gaps, layer.seen = inner, gaps, state.facts["seen"]
+
+
+def checked(what: str, good: bool, found: object = None) -> None:
+    """Raises CacheError that names what is wrong with a state."""
+    if not good:
+        raise CacheError(f"the state does not fit this cache: {what}" + ("." if found is None else f" ({found!r})."))
+
+
+def _count(x: Any, what: str, most: int = 1 << 40) -> int:
+    checked(f"{what} is no count", isinstance(x, int) and not isinstance(x, bool) and 0 <= x <= most, x)
+    return int(x)
+
+
+def _read(cache: KVCache, layers: list[KVLayer], state: State, device: torch.device) -> list[tuple[Site, Layer, Gaps]]:
+    facts, left = state.facts, dict(state.tensors)
+    checked(f"format {FORMAT} is known here", facts.get("format") == FORMAT, facts.get("format"))
+    checked(f"it was made by another recipe than {cache.recipe.name}", facts["recipe"] == cache.recipe.name)
+    seen = _count(facts["seen"], "seen", 1 << 31)
+    checked("it has other layers", [x["layer"] for x in facts["layers"]] == [layer.site.layer for layer in layers])
+    made = []
+    for layer, found in zip(layers, facts["layers"], strict=True):
+        site = _site(cache, layer, found["shape"])
+        inner = Layer(site, cache.recipe)
+        for name in ("length", "prompt", "dropped_at"):
+            setattr(inner, name, _count(found[name], name, seen))
+        take = _Taker(left, site, device)
+        inner.groups = list(_groups(inner, found["groups"], take))
+        if found["queries"]:
+            queries = take("state", "queries", (site.q_heads, None, site.key_dim), site.dtype)
+            checked("more queries than the recipe looks at", queries.shape[1] <= cache.recipe.window)
+            inner.recent = Buffer(queries)
+        at, shift = ([int(x) for x in numbers] for numbers in found["gaps"])
+        checked("gaps", len(at) == len(shift) and at == sorted(set(at)) and all(0 <= x < max(1, seen) for x in at))
+        made.append((site, inner, Gaps(at, shift)))
+    checked("it has tensors that belong nowhere", not left, next(iter(left), None))
+    return made
+
+
+def _site(cache: KVCache, layer: KVLayer, shape: Any) -> Site:
+    """The layer's site; its true shape shows only when the model runs, so a state may know it better."""
+    heads, key_dim, value_dim = (_count(x, "a shape", 1 << 20) for x in shape[:3])
+    dtype = getattr(torch, str(shape[3]), None)
+    checked("dtype", isinstance(dtype, torch.dtype) and dtype.is_floating_point, shape[3])
+    checked("KV heads", heads > 0 and layer.site.q_heads % heads == 0, heads)
+    wanted = (heads, key_dim, value_dim, dtype)
+    if wanted == shape_of(layer.site):
+        return layer.site
+    checked("keys and values of another shape", not layer.is_initialized, shape)
+    try:
+        return cache.refine(layer.site, wanted)  # type: ignore[arg-type]
+    except KvloomError as error:
+        raise CacheError(f"the state has a shape that the recipe refuses: {error}") from error
+
+
+class _Taker:
+    """Takes tensors out of a state by name, with the shape (None: any) and dtype that they must have."""
+
+    def __init__(self, tensors: dict[Part, Tensor], site: Site, device: torch.device) -> None:
+        self.tensors, self.site, self.device = tensors, site, device
+
+    def __call__(self, plane: str, field: str, shape: tuple[int | None, ...], dtype: torch.dtype) -> Tensor:
+        part = Part(self.site.layer, plane, field)
+        x = self.tensors.pop(part, None)
+        if x is None:
+            raise CacheError(f"the state does not fit this cache: {part} is missing.")
+        same = x.dim() == len(shape) and all(want in (None, n) for want, n in zip(shape, x.shape, strict=True))
+        checked(f"{part} is not {dtype} {shape}", same and x.dtype == dtype, (x.dtype, tuple(x.shape)))
+        return x.to(self.device)
+
+
+def _groups(inner: Layer, found: Any, take: _Taker) -> Iterator[Any]:
+    heads, covered = inner.site.kv_heads, []
+    (blank,) = inner.groups
+    for g, facts in enumerate(found):
+        if facts["heads"]:
+            at = take("state", f"heads.{g}", (None,), torch.int64).clone()
+            checked("heads", bool(((at >= 0) & (at < heads)).all()), at.tolist())
+            (group,) = blank.split([at])  # no slots yet
+            covered += at.tolist()
+        else:
+            group = blank.fork()
+            covered += range(heads)
+        h = heads if group.heads is None else len(group.heads)
+        checked("it has other classes", list(facts["classes"]) == list(group.segments), list(facts["classes"]))
+        for c, (name, segment) in enumerate(group.segments.items()):
+            _fill(segment, facts["classes"][name], h, f"{g}.{c}", inner, take)
+        yield group
+    checked("heads are missing or double", sorted(covered) == list(range(heads)), covered)
+
+
+def _fill(segment: Segment, facts: Any, h: int, prefix: str, inner: Layer, take: _Taker) -> None:
+    kind, site = segment.kind, inner.site
+    segment.n, segment.start = _count(facts["n"], "slots", 1 << 31), _count(facts["start"], "start", inner.length)
+    checked("a folded class of many slots", not kind.fold or segment.n <= 1, segment.n)
+    for which, plane, dim in (("key", segment.key, site.key_dim), ("value", segment.value, site.value_dim)):
+        own, forms = facts[which]["const"], plane.codec.forms()
+        checked("constants that its codec does not have", plane.codec.fits or not own, own)
+        for name in own:
+            part = Part(site.layer, which, f"{prefix}.const.{name}")
+            x = take.tensors.get(part)
+            checked("constants", x is not None and x.dim() >= 1 and x.shape[0] == h and x.is_floating_point(), part)
+            assert x is not None
+            plane.const = {**plane.const, name: take(which, part.field, tuple(x.shape), x.dtype).clone()}
+        plane.fitted = bool(facts[which]["fitted"])
+        for r, (form, n, sealed, start, placed) in enumerate(facts[which]["runs"]):
+            coded = form != EXACT_RUN
+            checked("an encoded run of an exact class", not (coded and plane.codec.exact))
+            codec = forms[_count(form, "form", len(forms) - 1)] if coded else EXACT
+            n = _count(n, "slots of a run", 1 << 31)
+            block = _block(codec, plane.const, n, h, dim, site, partial(take, which), f"{prefix}.{r}")
+            at: int | Tensor = _count(start, "start of a run", inner.length)
+            if placed:
+                name = f"{prefix}.{which}.{r}.at"
+                wide = len(take.tensors.get(Part(site.layer, "column", name), ())) == h
+                at = take("column", name, (h if wide else 1, n), torch.int32)
+            run = Run(codec, block, plane.const if coded else {}, plane.tap if coded else None, at)
+            checked("slots of a run", run.n == n, (run.n, n))
+            if (
+                coded
+            ):  # whatever else the codec relies on: it reads the run once, here and not in the middle of an answer
+                checked("an encoded run that decodes to something else", tuple(run.decode().shape) == (h, n, dim))
+            run.sealed = bool(sealed)
+            plane.runs.append(run)
+        order = [run.codec.exact for run in plane.runs]
+        checked("an exact run before an encoded one", order == sorted(order))
+        checked(f"{which} slots", plane.n == segment.n, (plane.n, segment.n))
+    for name in facts["columns"]:
+        dtype = torch.int32 if name == "index" else torch.float32
+        rows = take.tensors.get(Part(site.layer, "column", f"{prefix}.{name}"))
+        wide = rows is not None and rows.dim() == 2 and rows.shape[0] == h
+        x = take("column", f"{prefix}.{name}", (h if wide else 1, segment.n), dtype)
+        if name == "index" and x.numel():
+            checked("places outside the text", int(x.amin()) >= 0 and int(x.amax()) < inner.length)
+        segment.cols[name] = Buffer(x)
+
+
+def _block(codec: Codec, const: Const, n: int, h: int, dim: int, site: Site, take: Any, prefix: str) -> Block:
+    """The fields of a run of n slots."""
+    checked("half a unit", n % codec.unit == 0, n)
+    block = {}
+    for name, (heads, row, dtype) in fields_of(codec, h, dim, site.dtype, const).items():
+        per = codec.per[name]
+        shape = (heads, n // per, *row) if per else (heads, *(None for _ in range(len(row) + 1)))
+        block[name] = take(f"{prefix}.{name}", shape, dtype)
+    return block
+
+
+def fields_of(
+    codec: Codec, h: int, dim: int, dtype: torch.dtype, const: Const
+) -> dict[str, tuple[int, tuple[int, ...], torch.dtype]]:
+    """Of every field of a codec's block: heads, the shape behind heads and rows, dtype. As the codec makes them."""
+    if codec.exact:
+        return {"x": (h, (dim,), dtype)}
+    sample = codec.encode(torch.zeros(h, codec.unit, dim, dtype=dtype), {name: x.cpu() for name, x in const.items()})
+    return {name: (x.shape[0], tuple(x.shape[2:]), x.dtype) for name, x in sample.items()}

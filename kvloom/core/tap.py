@@ -1,0 +1,41 @@
+"""Where in a layer keys are taken from: a codec that asks for keys before RoPE gets them so, and they turn again when read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvloom.core.rope import Rope
+from kvloom.core.site import Site
+from kvloom.errors import RecipeError
+
+__all__ = ["Tap", "tap_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """`rope` as the layer has it (None: it does not rotate keys); `dtype`: the model's, in which it rounds."""
+
+    rope: Rope | None
+    dtype: torch.dtype
+
+    def off(self, keys: Tensor, at: Tensor) -> Tensor:
+        """Keys [h, n, D] as the model caches them -> before RoPE; at [h or 1, n]: their places in the text."""
+        return keys if self.rope is None or not keys.shape[-1] else self.rope.unrotate(keys, at)
+
+    def on(self, keys: Tensor, at: Tensor) -> Tensor:
+        """The inverse."""
+        return keys if self.rope is None or not keys.shape[-1] else self.rope.rotate(keys.to(self.dtype), at)
+
+
+def tap_of(site: Site, recipe: str = "") -> Tap:
+    """The tap of a layer. Raises RecipeError where its frequencies change with the length of the text."""
+    rope = site.rope
+    if rope is not None and rope.varies:
+        raise RecipeError(
+            f"{recipe or 'a codec'} stores keys from before RoPE, but frequencies of rope_type={rope.kind!r} in layer "
+            f"{site.layer} change with the length of the text, so keys can't be turned back. Use a recipe such as kivi."
+        )
+    return Tap(rope, site.dtype)
