@@ -24,7 +24,8 @@ from kvloom.store.memory import MemoryTier
 from kvloom.store.objects import ObjectTier
 from kvloom.store.redis import RedisTier
 from kvloom.store.tier import Deadline, Facts, Tier, TierTimeout
-from tests.test_store_tiers import fake_redis, moto, real_redis  # noqa: F401
+from tests.servers import moto  # noqa: F401
+from tests.test_store_tiers import fake_redis  # noqa: F401
 
 IDENTITY = Identity("weights", "tokenizer", "float32", ((2, 16, 16),) * 3)
 KEYS = chunk_keys(IDENTITY, range(80), 8)
@@ -97,7 +98,7 @@ def test_put_get_delete(tier: Tier) -> None:
         assert exact(store.get(KEYS[0]), KEYS[0])
         with pytest.raises(StoreError, match="layers"):
             store.get(KEYS[0], [9])
-        store.put(KEYS[1], tensors_of(KEYS[1]), zstd=1)
+        store.put(KEYS[1], tensors_of(KEYS[1]), coding="zstd")
         assert store.match(KEYS) == 2 and exact(store.get(KEYS[1]), KEYS[1])
         for change in ({"start": 8}, {"tokens": (0,) * 8}, {"identity": "0" * 64}):
             assert store.get(dataclasses.replace(KEYS[0], **change)) is None
@@ -105,6 +106,7 @@ def test_put_get_delete(tier: Tier) -> None:
         assert store.stat()[tier.name]["puts"] == 2
 
 
+@pytest.mark.parametrize("tier", ["memory", "file", "redis", "objects"], indirect=True)
 @pytest.mark.parametrize("on", ["get", "put"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_matrix(tier: Tier, fault: str, on: str) -> None:
@@ -213,7 +215,7 @@ def test_promotion_and_healing(tmp_path: Path) -> None:
     memory, files = MemoryTier(), FileTier(tmp_path)
     with Store(memory, files) as store:
         store.put(KEYS[0], tensors_of(KEYS[0]), seconds=2.5)
-        memory._data[KEYS[0].digest] = memory._data[KEYS[0].digest][:-1] + b"!"
+        memory._data[KEYS[0].digest] = bytes(memory._data[KEYS[0].digest])[:-1] + b"!"
         assert exact(store.get(KEYS[0]), KEYS[0])
         assert memory.get(KEYS[0].digest, 0, 1 << 20, Deadline(9)) == bytes(
             files.get(KEYS[0].digest, 0, 1 << 20, Deadline(9)) or b""

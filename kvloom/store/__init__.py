@@ -2,6 +2,11 @@
 
 from kvloom.store.frame import Frame, Place, pack
 from kvloom.store.identity import ChunkKey, Identity, chunk_keys
+from kvloom.store.pipeline import Agent, Document
+from kvloom.store.session import Attached, Reply, Report, Session, attach
 from kvloom.store.store import Store
 
-__all__ = ["ChunkKey", "Frame", "Identity", "Place", "Store", "chunk_keys", "pack"]
+__all__ = [
+    "Agent", "Attached", "ChunkKey", "Document", "Frame", "Identity", "Place", "Reply", "Report", "Session", "Store",
+    "attach", "chunk_keys", "pack",
+]  # fmt: skip

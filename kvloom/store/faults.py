@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator, Sequence
-from threading import Lock
+from threading import Event, Lock
 
 from kvloom.errors import StoreError, TierError, unknown
 from kvloom.store.frame import Buffer
@@ -81,9 +80,14 @@ class FaultyTier(Tier):
         self.inner, self.faults, self.rate, self.on, self.delay = inner, list(faults), rate, on, delay
         self.name = f"faulty {inner.name}"
         self.happened: dict[str, int] = {}
-        self._rng, self._lock = random.Random(seed), Lock()
+        self._rng, self._lock, self._calm = random.Random(seed), Lock(), Event()
         self._last: tuple[str, bytes] = ("", b"")
         self._before = b""
+
+    def calm(self) -> None:
+        """Ends the faults, and the delays that are being waited for."""
+        self.rate = 0.0
+        self._calm.set()
 
     def _draw(self, side: str) -> str:
         with self._lock:
@@ -98,7 +102,7 @@ class FaultyTier(Tier):
     def _suffer(self, fault: str, deadline: Deadline) -> None:
         if fault == "delay":
             self._count(fault)
-            time.sleep(self.delay)
+            self._calm.wait(self.delay)
         elif fault == "cut":
             self._count(fault)
             raise TierError(f"{self.name}: connection cut")

@@ -7,6 +7,8 @@ agree whenever nobody is inside one, and after a crash they differ at most by wh
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import sqlite3
 import time
@@ -17,19 +19,31 @@ from threading import Lock, local
 
 from kvloom.errors import StoreError, TierError
 from kvloom.store.evict import LRU, Policy, Quotas, Usage, policy_of, victims
-from kvloom.store.frame import Buffer
+from kvloom.store.frame import Buffer, aligned
+from kvloom.store.stream import PIECE, Sink
 from kvloom.store.tier import Address, Deadline, Facts, Tier, TierFull, TierStat, TierTimeout, check_key
 
 __all__ = ["FileTier"]
 
+log = logging.getLogger("kvloom.store")
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS chunk (key TEXT PRIMARY KEY, nbytes INTEGER NOT NULL, last REAL NOT NULL, heat REAL NOT NULL,
     tenant TEXT NOT NULL, seconds REAL NOT NULL, start INTEGER NOT NULL, writer TEXT, expires REAL);
 CREATE TABLE IF NOT EXISTS lease (key TEXT NOT NULL, id TEXT NOT NULL, until REAL NOT NULL, PRIMARY KEY (key, id));
 """
-PIECE = 8 << 20  # bytes written or read between two looks at the clock
+STRETCH = 8 << 20  # bytes written or read between two looks at the clock
 GRACE = 60.0  # seconds that a writer may be late before its unfinished file is taken for left over
 TOUCHES = 64  # uses that are remembered before they are written to the index
+
+
+def _at_hand(file: int, room: memoryview, at: int) -> int:
+    """Reads what needs no waiting; -1 if that is nothing, or the system cannot tell."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return -1
+    try:
+        return os.preadv(file, [room], at, os.RWF_NOWAIT)
+    except (BlockingIOError, OSError):
+        return -1
 
 
 class FileTier(Tier):
@@ -123,9 +137,12 @@ class FileTier(Tier):
             yield
         except sqlite3.OperationalError as error:
             kind = TierTimeout if "locked" in str(error) else TierError
+            kind = TierFull if "full" in str(error) else kind
             raise kind(f"{self.name}: {error}") from error
         except (OSError, sqlite3.Error) as error:
-            raise TierError(f"{self.name}: {error}") from error
+            # a full disk can still be read from: it does not count as a failure of the tier
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise (TierFull if full else TierError)(f"{self.name}: {error}") from error
 
     def _adopt(self, deadline: Deadline) -> None:
         """Makes index and folder agree: files without a row get one, rows without a file and what crashes left go."""
@@ -155,31 +172,71 @@ class FileTier(Tier):
             (self.folder / "partial" / writer).unlink(missing_ok=True)
             self._path(key).unlink(missing_ok=True)
             index.execute("DELETE FROM chunk WHERE key = ?", (key,))
+            log.warning("%s: chunk %s was never finished by its writer; removed", self.name, key)
 
     def get(self, key: str, start: int, stop: int, deadline: Deadline) -> Buffer | None:
         with self._errors():
             try:
-                file = open(self._path(key), "rb")  # noqa: SIM115
+                file = open(self._path(key), "rb", buffering=0)  # noqa: SIM115
             except FileNotFoundError:
                 return None
             with file:
                 size = max(0, min(stop, os.fstat(file.fileno()).st_size) - start)
-                data = bytearray(size)
-                view, at = memoryview(data), 0
+                data = view = aligned(size)
+                at = 0
                 file.seek(start)
                 while at < size:
                     deadline.check(self.name)
-                    n = file.readinto(view[at : at + PIECE])
+                    n = file.readinto(view[at : at + STRETCH])
                     if not n:
                         break
                     at += n
+        self._touch(key, deadline)
+        return data if at == size else data[:at]
+
+    def read_into(self, key: str, start: int, sink: Sink, deadline: Deadline) -> int | None:
+        """What the system has in memory is copied once. What it has not is waited for without the sink's permit."""
+        if not hasattr(os, "preadv"):
+            return super().read_into(key, start, sink, deadline)
+        with self._errors():
+            try:
+                file = os.open(self._path(key), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            except FileNotFoundError:
+                return None
+            try:
+                at, scratch, end = start, None, os.fstat(file).st_size
+                last = start + sink.nbytes - 1
+                if hasattr(os, "posix_fadvise") and _at_hand(file, memoryview(bytearray(1)), last) < 0:
+                    # not in memory as a whole: all of it is asked for, and comes while the first pieces are verified
+                    os.posix_fadvise(file, start, sink.nbytes, os.POSIX_FADV_WILLNEED)
+                while (room := sink.next()) is not None:
+                    deadline.check(self.name)
+                    with sink.permit:
+                        n = _at_hand(file, room, at)
+                        if n > 0:
+                            sink.done(n)
+                    if n < 0:
+                        scratch = scratch or aligned(PIECE)
+                        n = os.preadv(file, [scratch[: len(room)]], at)
+                        with sink.permit:
+                            room[:n] = scratch[:n]
+                            if n:
+                                sink.done(n)
+                    if not n:
+                        break
+                    at += n
+            finally:
+                os.close(file)
+        self._touch(key, deadline)
+        return end
+
+    def _touch(self, key: str, deadline: Deadline) -> None:
         with self._lock:
             self._touched[key] = self.clock()
             full = len(self._touched) >= TOUCHES
         if full:
             with contextlib.suppress(TierError), self._change(deadline) as index:
                 self._write_touches(index)
-        return data if at == size else data[:at]
 
     def _write_touches(self, index: sqlite3.Connection) -> None:
         with self._lock:
@@ -210,7 +267,7 @@ class FileTier(Tier):
                     view, at = memoryview(data), 0
                     while at < nbytes:
                         deadline.check(self.name)
-                        at += file.write(view[at : at + PIECE])
+                        at += file.write(view[at : at + STRETCH])
                     os.fsync(file.fileno())
                 path.parent.mkdir(mode=0o700, exist_ok=True)
             with self._change(deadline) as index:

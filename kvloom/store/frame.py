@@ -6,15 +6,20 @@ against the limit. What does not fit raises DamagedFrame; a frame never gives ot
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
+import mmap
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvloom.errors import DamagedFrame, StoreError
+from kvloom.store.coding import CODINGS, Coded, Plain, expand, squeeze
 from kvloom.store.extra import need
 from kvloom.store.identity import FORMAT, ChunkKey
 
@@ -33,6 +38,7 @@ CHECK = 16  # XXH3-128 of prelude and header
 BODY = PRELUDE.size + CHECK  # where the header starts
 ALIGN = 64
 HEADER_LIMIT = 4 << 20
+HUGE = 4 << 20  # bytes from which on memory is asked for in large pages: new memory costs a fault for each page
 LIMIT = 1 << 30  # bytes of a frame, and of the tensors in it, unless the reader says otherwise
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -65,7 +71,7 @@ class Page(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     offset: Count
     nbytes: Count
     stored: Count
-    zstd: bool
+    coding: Name
     checksum: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 
     @property
@@ -75,6 +81,11 @@ class Page(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def extent(self) -> int:
         return _aligned(self.stored)
+
+    @property
+    def plain(self) -> bool:
+        """Whether what is stored are the bytes of the tensor."""
+        return self.coding == "raw"
 
 
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -96,6 +107,24 @@ def _aligned(n: int) -> int:
     return -(-n // ALIGN) * ALIGN
 
 
+def aligned(nbytes: int) -> memoryview:
+    """Memory that starts at a multiple of ALIGN, as a bytearray's does not: processors copy to it several times as fast."""
+    if nbytes >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # where the system has no large pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        return memoryview(pages)
+    data: Any = torch.empty(nbytes, dtype=torch.uint8).numpy()
+    return memoryview(data)
+
+
+def copied(data: Buffer) -> memoryview:
+    """A copy in aligned memory."""
+    out = aligned(len(data))
+    out[:] = data
+    return out
+
+
 def _bytes_of(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if not flat.numel():
@@ -109,31 +138,28 @@ def pack(
     tensors: Mapping[Place, Tensor],
     *,
     notes: Mapping[str, Any] | None = None,
-    zstd: int | None = None,
+    coding: str = "raw",
     limit: int = LIMIT,
-) -> bytearray:
-    """The frame of a chunk. `zstd`: level to compress pages with; one that would not shrink stays as it is.
+) -> memoryview:
+    """The frame of a chunk. `coding`: "raw", "zstd", "rans" or "best" (the smallest) for every page; one that would not
+    shrink stays as it is.
 
-    Raises StoreError for a dtype, name, note or size that a reader would refuse.
+    Raises StoreError for a coding, dtype, name, note or size that a reader would refuse.
     """
-    squeeze = None if zstd is None else need("zstandard").ZstdCompressor(level=zstd)
-    pages: list[Page] = []
-    datas: list[Any] = []
-    offset = 0
+    plain: list[Plain] = []
     for place, tensor in tensors.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in DTYPES:
             raise StoreError(f"{Place(*place)} has dtype {dtype}; a frame holds {', '.join(DTYPES)}.")
-        data: Any = _bytes_of(tensor)
-        nbytes, packed = len(data), False
-        if squeeze is not None and nbytes:
-            small = squeeze.compress(data)
-            if len(small) < nbytes:
-                data, packed = small, True
-        stored = len(data)
+        plain.append(Plain(_bytes_of(tensor), tuple(tensor.shape), tensor.itemsize))
+    pages: list[Page] = []
+    datas: list[Any] = []
+    offset = 0
+    for (place, tensor), whole, (name, data) in zip(tensors.items(), plain, squeeze(plain, coding)):
+        dtype, stored = str(tensor.dtype).removeprefix("torch."), len(data)
         check = xxhash.xxh3_128(data)
         check.update(bytes(_aligned(stored) - stored))
-        pages.append(Page(*place, dtype, tuple(tensor.shape), offset, nbytes, stored, packed, check.hexdigest()))
+        pages.append(Page(*place, dtype, whole.shape, offset, len(whole.data), stored, name, check.hexdigest()))
         datas.append(data)
         offset += _aligned(stored)
     header = Header(key.identity, key.context, key.digest, key.start, key.tokens, tuple(pages), dict(notes or {}))
@@ -147,13 +173,14 @@ def pack(
     except DamagedFrame as error:
         raise StoreError(f"the chunk does not fit the format: {error}") from error
     prelude = PRELUDE.pack(MAGIC, FORMAT, 0, len(text), total)
-    frame = bytearray(total)
+    frame = aligned(total)
     frame[: len(prelude)] = prelude
     frame[len(prelude) : BODY] = _checksum(prelude, text)
     frame[BODY : BODY + len(text)] = text
     for page, data in zip(pages, datas):
         at = BODY + len(text) + page.offset
         frame[at : at + page.stored] = data
+        frame[at + page.stored : at + page.extent] = bytes(page.extent - page.stored)
     return frame
 
 
@@ -175,7 +202,9 @@ def _parse(text: Buffer, body: int, limit: int) -> Header:
         dtype = DTYPES.get(page.dtype)
         if dtype is None:
             raise DamagedFrame(f"{page.place}: unknown dtype {page.dtype!r}")
-        if page.nbytes != math.prod(page.shape) * dtype.itemsize or (not page.zstd and page.stored != page.nbytes):
+        if page.coding not in CODINGS:
+            raise DamagedFrame(f"{page.place}: unknown coding {page.coding!r}")
+        if page.nbytes != math.prod(page.shape) * dtype.itemsize or (page.plain and page.stored != page.nbytes):
             raise DamagedFrame(f"{page.place}: {page.nbytes} bytes, stored as {page.stored}, for shape {page.shape}")
         if page.offset != at:
             raise DamagedFrame(f"{page.place}: at byte {page.offset} of the body, where {at} is due")
@@ -202,18 +231,18 @@ class Frame:
             raise DamagedFrame(f"magic {magic!r}, version {version}, flags {flags}; this reads version {FORMAT}")
         if length > HEADER_LIMIT or not BODY + length <= self.nbytes <= limit:
             raise DamagedFrame(f"header of {length} bytes in a frame of {self.nbytes}; limits {HEADER_LIMIT}, {limit}")
-        self._body = BODY + length
-        if len(head) < self._body:
-            head = fetch(0, self._body) or b""
-            if len(head) < self._body:
+        self.body = BODY + length
+        if len(head) < self.body:
+            head = fetch(0, self.body) or b""
+            if len(head) < self.body:
                 raise DamagedFrame("ends inside the header")
             if PRELUDE.unpack_from(head) != (magic, version, flags, length, self.nbytes):
                 raise DamagedFrame("changed while it was read")
         view = memoryview(head)
-        text = view[BODY : self._body]
+        text = view[BODY : self.body]
         if _checksum(view[: PRELUDE.size], text) != view[PRELUDE.size : BODY]:
             raise DamagedFrame("checksum of the header")
-        self.header = _parse(text, self.nbytes - self._body, limit)
+        self.header = _parse(text, self.nbytes - self.body, limit)
         self._fetch = fetch
 
     @classmethod
@@ -240,30 +269,48 @@ class Frame:
         return ""
 
     def read(
-        self, layers: Iterable[int] | None = None, *, into: Mapping[Place, Tensor] | None = None, copy: bool = True
+        self,
+        layers: Iterable[int] | None = None,
+        *,
+        into: Mapping[Place, Tensor] | None = None,
+        copy: bool = True,
+        lend: bool = False,
     ) -> dict[Place, Tensor]:
         """The tensors of some layers (default: all), each verified before any is given out.
 
         `into`: buffers to copy to, of the same shape and dtype, for the places named there. `copy=False`: views of the
-        frame's memory where it can be written to and lies right; keep that memory to yourself. Raises DamagedFrame,
-        StoreError for a buffer that does not fit or a layer that the frame does not have.
+        frame's memory where it can be written to and lies right; keep that memory to yourself. `lend`: views of memory that
+        belongs to others, too; never write to them. Raises DamagedFrame, StoreError for a buffer that does not fit or a
+        layer that the frame does not have.
         """
-        wanted = None if layers is None else set(layers)
-        pages = [page for page in self.header.pages if wanted is None or page.layer in wanted]
-        if wanted is not None and (missing := wanted - {page.layer for page in pages}):
-            raise StoreError(f"layers={sorted(missing)} are not in the frame.")
         targets = dict(into or {})
-        for page in pages:
-            target = targets.get(page.place)
-            if target is not None and (tuple(target.shape) != page.shape or target.dtype != DTYPES[page.dtype]):
-                raise StoreError(
-                    f"into[{page.place}] is {target.dtype} {tuple(target.shape)}; give {page.dtype} {page.shape}."
-                )
-        tensors = {page.place: self._tensor(page, data, copy) for page, data in self._verified(pages)}
+        pages = self.pages(layers, targets)
+        found = self._verified(pages)
+        opened = _expand([(page, data) for page, data in found if not page.plain and page.nbytes])
+        tensors = {
+            page.place: opened[page.place]
+            if page.place in opened
+            else self.tensor(page, data, copy and page.place not in targets, lend or page.place in targets)
+            for page, data in found
+        }
         for place, target in targets.items():
             if place in tensors:
                 tensors[place] = target.copy_(tensors[place])
         return tensors
+
+    def pages(self, layers: Iterable[int] | None, into: Mapping[Place, Tensor]) -> list[Page]:
+        """The pages of some layers (None: all). Raises StoreError for layers that are not there, buffers that do not fit."""
+        wanted = None if layers is None else set(layers)
+        pages = [page for page in self.header.pages if wanted is None or page.layer in wanted]
+        if wanted is not None and (missing := wanted - {page.layer for page in pages}):
+            raise StoreError(f"layers={sorted(missing)} are not in the frame.")
+        for page in pages:
+            target = into.get(page.place)
+            if target is not None and (tuple(target.shape) != page.shape or target.dtype != DTYPES[page.dtype]):
+                raise StoreError(
+                    f"into[{page.place}] is {target.dtype} {tuple(target.shape)}; give {page.dtype} {page.shape}."
+                )
+        return pages
 
     def _verified(self, pages: list[Page]) -> list[tuple[Page, memoryview]]:
         """The bytes of pages; neighbours are fetched together."""
@@ -274,7 +321,7 @@ class Frame:
             while last + 1 < len(pages) and pages[last + 1].offset == pages[last].offset + pages[last].extent:
                 last += 1
             start, stop = pages[first].offset, pages[last].offset + pages[last].extent
-            data = b"" if start == stop else self._fetch(self._body + start, self._body + stop)
+            data = b"" if start == stop else self._fetch(self.body + start, self.body + stop)
             if data is None or len(data) != stop - start:
                 raise DamagedFrame("ends inside a page")
             for page in pages[first : last + 1]:
@@ -286,26 +333,38 @@ class Frame:
         return found
 
     @staticmethod
-    def _tensor(page: Page, data: memoryview, copy: bool) -> Tensor:
+    def tensor(page: Page, data: memoryview, copy: bool, lend: bool = False) -> Tensor:
         dtype = DTYPES[page.dtype]
         if not page.nbytes:
             return torch.empty(page.shape, dtype=dtype)
-        if page.zstd:
-            data, copy = memoryview(bytearray(_inflate(data, page))), False
+        if not page.plain:
+            return _expand([(page, data)])[page.place]
+        if data.readonly and lend and not copy:
+            return torch.frombuffer(_lent(data), dtype=dtype).reshape(page.shape)
         if copy or data.readonly:
-            data = memoryview(bytearray(data))
+            data = copied(data)
         return torch.frombuffer(data, dtype=dtype).reshape(page.shape)
 
 
-def _inflate(data: memoryview, page: Page) -> bytes:
-    zstandard = need("zstandard")
+def _lent(data: memoryview) -> Any:
+    """The same memory as something that torch takes without a warning; holds on to the original."""
+    address = np.frombuffer(data, np.uint8).ctypes.data
+    lent = (ctypes.c_ubyte * len(data)).from_address(address)
+    lent.owner = data  # type: ignore[attr-defined]
+    return lent
+
+
+def _expand(pages: list[tuple[Page, memoryview]]) -> dict[Place, Tensor]:
+    """The tensors of coded pages, each in memory of its own."""
     try:
-        # the size that the data claims is what would be allocated: it is checked first
-        if zstandard.get_frame_parameters(data).content_size != page.nbytes:
-            raise DamagedFrame(f"{page.place}: compressed data of another size")
-        whole: bytes = zstandard.ZstdDecompressor().decompress(data, max_output_size=page.nbytes)
-    except zstandard.ZstdError as error:
-        raise DamagedFrame(f"{page.place}: {error}") from error
-    if len(whole) != page.nbytes:
-        raise DamagedFrame(f"{page.place}: compressed data of another size")
-    return whole
+        datas = expand([Coded(p.coding, data, p.nbytes, DTYPES[p.dtype].itemsize) for p, data in pages])
+    except StoreError:  # a library that is not installed is no damage
+        raise
+    except ValueError as error:
+        raise DamagedFrame(f"{', '.join({p.coding for p, _ in pages})}: {error}") from error
+    return {
+        page.place: torch.frombuffer(copied(data) if data.readonly else data, dtype=DTYPES[page.dtype]).reshape(
+            page.shape
+        )
+        for (page, _), data in zip(pages, datas)
+    }

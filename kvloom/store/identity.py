@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvloom.errors import StoreError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from kvloom.core.recipe import Recipe
 
 __all__ = ["FORMAT", "ChunkKey", "Identity", "chunk_keys", "digest_of"]
 
@@ -41,7 +47,7 @@ def digest_of(*parts: Any) -> str:
 class Identity:
     """All that keys and values depend on besides the tokens. Chunks of different identities never meet.
 
-    `weights`: `kvloom.core.view.fingerprint(model)`. `layout`: (KV heads, key width, value width) of each layer.
+    `Identity.of(model, ...)` makes it. `weights`: a digest of all of them. `layout`: (KV heads, key width, value width) of each layer.
     `rope`: name and value of whatever places depend on (base, scaling, share of the head). `recipe`: every codec and recipe
     that touched the numbers, "" for the model's own. `salt`: a secret of the tenant; other tenants cannot find its chunks.
     `shard`: (rank, ranks) of a model that is split.
@@ -71,6 +77,45 @@ class Identity:
         if not 0 <= rank < ranks:
             raise StoreError(f"identity: shard={self.shard!r}; give (rank, ranks) with 0 <= rank < ranks.")
 
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        recipe: Recipe | str = "full",
+        *,
+        adapter: str = "",
+        tenant: str = "",
+        block: int = 256,
+        shard: tuple[int, int] = (0, 1),
+    ) -> Identity:
+        """The identity of caches of a model under a recipe, fed `block` tokens at a time where that matters.
+
+        Reads every weight once per model (`fingerprint`). `adapter`: says more of what was done to the model than its weights,
+        buffers and adapter layers show. `tenant`: see `salt`. Raises StoreError for a model whose caches can't be stored.
+        """
+        from kvloom.store.fingerprint import identity_of
+
+        return identity_of(model, tokenizer, recipe, adapter, tenant, block, shard)
+
+    def check(self, key: ChunkKey, tensors: Mapping[Any, Tensor]) -> None:
+        """Raises StoreError if tensors under a key cannot be what this identity stands for.
+
+        Keys and values themselves (field "x") have to have a layer's heads, width and dtype; codes only a layer.
+        """
+        if key.identity != self.digest:
+            raise StoreError("the chunk's key was made with another identity; use chunk_keys(identity, ...).")
+        for (layer, plane, field), x in tensors.items():
+            if not 0 <= layer < len(self.layout):
+                raise StoreError(f"a tensor for layer {layer} of a model with {len(self.layout)} layers.")
+            if plane not in ("key", "value") or field != "x":
+                continue
+            heads, *widths = self.layout[layer]
+            dtype = str(x.dtype).removeprefix("torch.")
+            if x.dim() != 3 or (x.shape[0], x.shape[2]) != (heads, widths[plane == "value"]) or dtype != self.dtype:
+                want = f"{self.dtype} [{heads}, tokens, {widths[plane == 'value']}]"
+                raise StoreError(f"layer {layer}, {plane}: {dtype} {tuple(x.shape)} is not the identity's {want}.")
+
     @cached_property
     def digest(self) -> str:
         return digest_of("identity", *((field.name, getattr(self, field.name)) for field in fields(self)))
@@ -83,13 +128,18 @@ class Identity:
 
 @dataclass(frozen=True)
 class ChunkKey:
-    """One chunk: tokens [start, start + n) of a text, computed after `context` (the previous chunk's digest, or START)."""
+    """One chunk: tokens [start, start + n) of a text, computed after `context` (the previous chunk's digest, or START).
+
+    `variant`: what was made of the numbers when they were stored, such as "cachegen(...)"; "" for as they are. Chunks that
+    follow have the key without it as their context.
+    """
 
     identity: str
     context: str
     start: int
     tokens: tuple[int, ...]
     tenant: str = ""
+    variant: str = ""
 
     @cached_property
     def digest(self) -> str:
@@ -98,7 +148,12 @@ class ChunkKey:
             tokens = b"".join(token.to_bytes(TOKEN_BYTES, "little", signed=True) for token in self.tokens)
         except OverflowError:
             raise StoreError(f"a token of more than 64 bits in {self.tokens[:4]}...; give token ids.") from None
-        return digest_of("chunk", FORMAT, self.identity, self.context, self.start, tokens)
+        variant = (self.variant,) if self.variant else ()
+        return digest_of("chunk", FORMAT, self.identity, self.context, self.start, tokens, *variant)
+
+    def at(self, variant: str) -> ChunkKey:
+        """The key of the same chunk, stored in another way."""
+        return replace(self, variant=variant)
 
 
 def chunk_keys(

@@ -28,7 +28,7 @@ class MemoryTier(Tier):
         self.name, self.max, self.clock = "memory://", max, clock
         self.policy, self.quotas = policy or LRU(), quotas or Quotas()
         self._lock = Lock()
-        self._data: dict[str, bytes] = {}
+        self._data: dict[str, Buffer] = {}
         self._usage: dict[str, Usage] = {}
         self._leases: dict[str, dict[str, float]] = {}  # chunk -> lease -> until
         self._nbytes = 0
@@ -45,7 +45,7 @@ class MemoryTier(Tier):
             if data is None:
                 return None
             self.policy.touch(self._usage[key], self.clock())
-        return memoryview(data)[start:stop]
+        return memoryview(data).toreadonly()[start:stop]
 
     def put(self, key: str, data: Buffer, facts: Facts, deadline: Deadline) -> bool:
         check_key(key)
@@ -62,7 +62,8 @@ class MemoryTier(Tier):
                 raise TierFull(f"{self.name}: no room for {nbytes} bytes under max={self.max} and the tenant's quota.")
             for victim in gone:
                 self._remove(victim)
-            self._data[key] = bytes(data)
+            # read-only memory is taken at its word, as `get` gives it to others
+            self._data[key] = data if isinstance(data, bytes) or memoryview(data).readonly else bytes(data)
             self._usage[key] = Usage(key, nbytes, facts, now)
             self._nbytes += nbytes
         return True

@@ -3,61 +3,47 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from kvloom.errors import DamagedFrame, StoreError, TierError, unknown
+from kvloom.store.address import cache_folder, open_tier
 from kvloom.store.evict import Quotas
-from kvloom.store.files import FileTier
-from kvloom.store.frame import LIMIT, Buffer, Frame, Place, pack
+from kvloom.store.frame import LIMIT, Buffer, Frame, Place, copied, pack
 from kvloom.store.guard import Background, Guard, TierDown
-from kvloom.store.identity import ChunkKey
-from kvloom.store.memory import MemoryTier
-from kvloom.store.objects import STORES, ObjectTier
-from kvloom.store.redis import RedisTier
-from kvloom.store.tier import Address, Deadline, Facts, Tier, TierFull, TierTimeout
+from kvloom.store.identity import ChunkKey, Identity
+from kvloom.store.stream import Permit, read_pages
+from kvloom.store.tier import Deadline, Facts, Tier, TierFull, TierTimeout
+from kvloom.store.variants import key_of, opened, stored
 
-__all__ = ["Store", "cache_folder", "open_tier"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kvloom.core.recipe import Recipe
+    from kvloom.store.session import Attached
+
+__all__ = ["Hit", "Store", "cache_folder", "open_tier"]
 
 log = logging.getLogger("kvloom.store")
 HEAD = 1 << 16  # bytes read first where only some layers are wanted; headers are rarely longer
 BANNED = 4096  # quarantined chunks that a tier would not delete, remembered so that they are not read again
 
 
-def cache_folder() -> Path:
-    """The folder of the user's caches for kvloom, where this system keeps such things."""
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "kvloom" / "store"
+@dataclass(frozen=True)
+class Hit:
+    """A chunk as it was found: its tensors and notes, the tier that had it, the bytes of its frame."""
 
-
-def open_tier(url: str, quotas: Quotas | None = None) -> Tier:
-    """The tier at memory://, file://, redis://, rediss://, s3://, gs:// or az://. Raises StoreError."""
-    address = Address.parse(url)
-    if address.scheme == "memory":
-        return MemoryTier.open(address, quotas)
-    if address.scheme == "file":
-        return FileTier.open(address, quotas)
-    if address.scheme in ("redis", "rediss"):
-        return RedisTier.open(address)
-    if address.scheme in STORES:
-        return ObjectTier.open(address)
-    raise StoreError(
-        f"{address.shown}: {unknown('kind of tier', address.scheme, ['memory', 'file', 'redis', 'rediss', *STORES])}"
-    )
+    tensors: dict[Place, Tensor]
+    notes: dict[str, Any]
+    tier: str
+    nbytes: int
 
 
 class Store:
@@ -104,6 +90,14 @@ class Store:
                 tier.close()
             raise
 
+    def attach(
+        self, model: PreTrainedModel, tokenizer: Any = None, recipe: Recipe | str = "full", **options: Any
+    ) -> Attached:
+        """A model whose prompts are looked for here, and saved here: `kvloom.store.attach` with this store."""
+        from kvloom.store.session import attach
+
+        return attach(model, tokenizer, recipe, store=self, **options)
+
     def put(
         self,
         key: ChunkKey,
@@ -111,19 +105,25 @@ class Store:
         *,
         seconds: float = 0.0,
         notes: Mapping[str, Any] | None = None,
-        zstd: int | None = None,
+        coding: str = "raw",
+        identity: Identity | None = None,
     ) -> bool:
         """Stores a chunk; True if a tier has it now or will have it. `seconds`: what computing it took, for eviction.
 
-        Raises StoreError for tensors that no frame can hold.
+        `coding`: "raw", "zstd", "rans" or "best" (of these), all exact; or a lossy one, such as "cachegen(level=2)", a variant of the chunk that only
+        a `get` with the same coding finds.
+
+        Raises StoreError for tensors that no frame can hold, and, with the key's `identity`, for such as do not agree with it.
         """
-        data = bytes(
-            pack(key, tensors, notes={**(notes or {}), "seconds": float(seconds)}, zstd=zstd, limit=self.limit)
-        )
+        if identity is not None:
+            identity.check(key, tensors)
+        notes = {**(notes or {}), "seconds": float(seconds)}
+        key, tensors, pages, notes = stored(key, tensors, coding, notes)
+        data = pack(key, tensors, notes=notes, coding=pages, limit=self.limit).toreadonly()
         kept = [self._place(i, key, data, seconds) for i in range(len(self._guards))]
         return any(kept)
 
-    def _place(self, i: int, key: ChunkKey, data: bytes, seconds: float, *, wait: bool = False) -> bool:
+    def _place(self, i: int, key: ChunkKey, data: Buffer, seconds: float, *, wait: bool = False) -> bool:
         """Writes to one tier, now or in the background."""
         guard = self._guards[i]
         facts = Facts(key.tenant, seconds, key.start)
@@ -144,32 +144,69 @@ class Store:
         return False
 
     def get(
-        self, key: ChunkKey, layers: Iterable[int] | None = None, *, into: Mapping[Place, Tensor] | None = None
+        self,
+        key: ChunkKey,
+        layers: Iterable[int] | None = None,
+        *,
+        into: Mapping[Place, Tensor] | None = None,
+        coding: str = "raw",
     ) -> dict[Place, Tensor] | None:
         """The tensors of a chunk, or None. `layers`: only those are read. `into`: buffers to copy to.
 
-        A chunk read as a whole from a slower tier is copied to the faster ones. Raises StoreError for layers that the
+        A chunk read as a whole from a slower tier is copied to the faster ones. Buffers may be written to before all of the
+        chunk is verified: after a miss they hold anything. They are not written to once this has returned. Raises StoreError for layers that the
         chunk does not have and buffers that do not fit; never for a tier that fails.
         """
+        key = key_of(key, coding)
+        hit = self.find(key, layers, into=None if key.variant else into)
+        return None if hit is None else opened(hit.tensors, coding, into)
+
+    def find(
+        self,
+        key: ChunkKey,
+        layers: Iterable[int] | None = None,
+        *,
+        into: Mapping[Place, Tensor] | None = None,
+        lend: bool = False,
+        deadline: float | None = None,
+    ) -> Hit | None:
+        """`get`, and where the chunk was. `lend`: tensors may be the tier's own memory, not to be written to.
+
+        `deadline`: seconds for all tiers together, where that is less than each one's own.
+        """
         wanted = None if layers is None else list(layers)
+        whole = Deadline(self.deadline * len(self._guards) if deadline is None else deadline)
         for i in range(len(self._guards)):
             if (i, key.digest) in self._banned:
                 self._count(i, "misses")
                 continue
-            tensors = self._read(i, key, wanted, into)
-            if tensors is not None:
-                return tensors
+            hit = self._read(i, key, wanted, into, lend, Deadline(min(self.deadline, whole.left())))
+            if hit is not None:
+                return hit
         self._count(None, "misses")
         return None
 
+    @property
+    def quick(self) -> bool:
+        """Whether no tier ever waits for anything."""
+        return all(guard.tier.quick for guard in self._guards)
+
     def _read(
-        self, i: int, key: ChunkKey, layers: list[int] | None, into: Mapping[Place, Tensor] | None
-    ) -> dict[Place, Tensor] | None:
-        guard, deadline = self._guards[i], Deadline(self.deadline)
+        self,
+        i: int,
+        key: ChunkKey,
+        layers: list[int] | None,
+        into: Mapping[Place, Tensor] | None,
+        lend: bool,
+        deadline: Deadline,
+    ) -> Hit | None:
+        guard = self._guards[i]
 
         def fetch(start: int, stop: int) -> Buffer | None:
             return guard.call(lambda d: guard.tier.get(key.digest, start, stop, d), deadline)
 
+        if into is not None and (not i or layers is not None):
+            return self._stream(i, key, layers, into, deadline)
         try:
             data = fetch(0, self.limit + 1 if layers is None else HEAD)
             if data is None:
@@ -181,10 +218,11 @@ class Store:
                 self._count(i, "wrong")
                 self._quarantine(i, key, other)
                 return None
-            # memory that a tier shares is read-only, so it is copied; bytes read for us alone are not
-            tensors = frame.read(layers, into=into, copy=False)
+            # memory that a tier shares is read-only, so it is lent or copied; bytes read for us alone are neither
+            tensors = frame.read(layers, into=into, copy=False, lend=lend)
             if i and layers is None:
-                self._promote(i, key, frame, bytes(data))  # a copy, made before the caller can write to the tensors
+                # a copy, made before the caller can write to the tensors
+                self._promote(i, key, frame, copied(data).toreadonly())
         except DamagedFrame as error:
             self._count(i, "damaged")
             self._quarantine(i, key, str(error))
@@ -194,9 +232,51 @@ class Store:
             return None
         self._count(i, "hits")
         self._count(None, "hits")
-        return tensors
+        return Hit(tensors, dict(frame.header.notes), self._name(i), frame.nbytes)
 
-    def _promote(self, i: int, key: ChunkKey, frame: Frame, data: bytes) -> None:
+    def _stream(
+        self, i: int, key: ChunkKey, layers: list[int] | None, into: Mapping[Place, Tensor], deadline: Deadline
+    ) -> Hit | None:
+        """Reads to the caller's buffers, without a copy of the frame in between."""
+        guard, permit = self._guards[i], Permit()
+
+        def load(d: Deadline) -> Hit | StoreError | str | None:
+            tier = guard.tier
+            head = tier.get(key.digest, 0, HEAD, d)
+            if head is None:
+                return None
+            try:
+                frame = Frame(head, lambda start, stop: tier.get(key.digest, start, stop, d), self.limit)
+                other = frame.matches(key)
+                if other:
+                    return other
+                read = partial(tier.read_into, key.digest, deadline=d)
+                tensors = read_pages(frame, layers, into, lambda start, sink: read(start, sink), permit)
+            except TierError:
+                raise
+            except StoreError as error:  # not the tier's failure
+                return error
+            return Hit(tensors, dict(frame.header.notes), self._name(i), frame.nbytes)
+
+        try:
+            found = guard.call(load, deadline)
+        except TierError as error:
+            permit.revoke()
+            self._failed(i, error)
+            return None
+        if isinstance(found, DamagedFrame | str):
+            kind = "wrong" if isinstance(found, str) else "damaged"
+            self._count(i, kind)
+            self._quarantine(i, key, str(found))
+            return None
+        if isinstance(found, StoreError):
+            raise found
+        self._count(i, "misses" if found is None else "hits")
+        if found is not None:
+            self._count(None, "hits")
+        return found
+
+    def _promote(self, i: int, key: ChunkKey, frame: Frame, data: Buffer) -> None:
         seconds = frame.header.notes.get("seconds", 0.0)
         for faster in range(i):
             if self._place(faster, key, data, seconds if isinstance(seconds, float) else 0.0, wait=True):
@@ -214,13 +294,17 @@ class Store:
             with self._lock:
                 self._banned.pop((i, key.digest), None)
 
-    def contains(self, key: ChunkKey) -> bool:
-        """Whether a tier has something under the key; only reading verifies what it is."""
+    def size(self, key: ChunkKey) -> int | None:
+        """Bytes of what a tier has under the key, None without it; only reading verifies what it is."""
         for i, guard in enumerate(self._guards):
             size = self._call(i, lambda deadline, tier=guard.tier: tier.size(key.digest, deadline))  # type: ignore[misc]
             if size is not None and (i, key.digest) not in self._banned:
-                return True
-        return False
+                return int(size)
+        return None
+
+    def contains(self, key: ChunkKey) -> bool:
+        """Whether a tier has something under the key."""
+        return self.size(key) is not None
 
     def match(self, keys: Sequence[ChunkKey]) -> int:
         """How many chunks, from the first on, the tiers have. Pin them to keep them until they are read."""

@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from kvloom.errors import StoreError, TierError, unknown
 from kvloom.store.frame import Buffer
+from kvloom.store.stream import Sink
 
 __all__ = ["Address", "Deadline", "Facts", "Tier", "TierFull", "TierStat", "TierTimeout", "check_key", "size_of"]
 
@@ -76,8 +77,22 @@ class Tier:
         """
         raise NotImplementedError
 
+    def read_into(self, key: str, start: int, sink: Sink, deadline: Deadline) -> int | None:
+        """Fills a sink with the bytes from `start` on. Where the chunk ends, as far as is known; None without it."""
+        stop = start + sink.nbytes
+        data = self.get(key, start, stop + 1, deadline)  # one more, to see whether there is one
+        if data is None:
+            return None
+        view, at = memoryview(data), 0
+        while (room := sink.next()) is not None and at + len(room) <= len(view):
+            with sink.permit:
+                room[:] = view[at : at + len(room)]
+                sink.done(len(room))
+            at += len(room)
+        return start + len(view)
+
     def put(self, key: str, data: Buffer, facts: Facts, deadline: Deadline) -> bool:
-        """Stores a chunk; False if there is one already. TierFull if nothing may go for it."""
+        """Stores a chunk; False if there is one already. TierFull if nothing may go for it. Read-only memory may be kept."""
         raise NotImplementedError
 
     def size(self, key: str, deadline: Deadline) -> int | None:
