@@ -1,4 +1,4 @@
-"""The command line: `kvloom demo`, `compare`, `generate`, `recipes`, `check`, `doctor`, `calibrate`, `inspect`, `bench`.
+"""The command line: `kvloom demo`, `compare`, `generate`, `recipes`, `check`, `doctor`, `calibrate`, `inspect`, `bench`, `store`.
 
 Results go to stdout (tables, or JSON with --json), progress and errors to stderr. An error of kvloom ends with code 2.
 """
@@ -16,12 +16,29 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kvloom.bench.commands import app as bench
-from kvloom.errors import KvloomError, RecipeError
+from kvloom.bench.commands_coding import app as bench
+from kvloom.core.registry import Registry
+from kvloom.errors import KvloomError, RecipeError, StoreError
 from kvloom.lab.commands import app as lab
 from kvloom.lab.inspect.commands import inspect
 from kvloom.lab.terminal import Json, print_json, progress, read_text
 from kvloom.plan.commands import plan
+
+
+def _store() -> App:
+    """`kvloom store`, or, where its libraries are not installed, one that says so."""
+    try:
+        from kvloom.store.commands import app as found
+    except StoreError as error:
+        why = str(error)
+        found = App(name="store", help=f"Look at what a store holds. {why}")
+
+        @found.default
+        def missing(*_: str) -> None:
+            raise StoreError(why)
+
+    return found
+
 
 HELP = """Compress the key-value cache of a language model with published methods, and see what it costs.
 
@@ -35,6 +52,7 @@ app.command(bench)
 app.command(plan)
 app.command(inspect)
 app.command(lab)
+app.command(_store())
 Limit = Annotated[int, Parameter(help="Tokens of one answer, at most.")]
 Page = Annotated[Path | None, Parameter(help="Write the result as a self-contained HTML page to this file.")]
 
@@ -211,12 +229,28 @@ def recipes(name: str | None = None, *, json: Json = False) -> None:
     """
     from kvloom.core import registry
 
+    _cards(registry.RECIPES, name, json)
+
+
+@app.command
+def methods(name: str | None = None, *, json: Json = False) -> None:
+    """All methods that reuse text wherever it stands (docs/reuse.md), or the card of one.
+
+    Args:
+        name: A method's name.
+    """
+    from kvloom.programs.cards import everything
+
+    _cards(everything(), name, json)
+
+
+def _cards(found: Registry[Any], name: str | None, as_json: bool) -> None:
     if name is not None:
-        card = registry.card(name)
-        print_json(_card(card)) if json else print(card.text())
+        card = found.find(name)[1]
+        print_json(_card(card)) if as_json else print(card.text())
         return
-    cards = registry.recipes()
-    if json:
+    cards = found.cards()
+    if as_json:
         print_json({key: _card(card) for key, card in cards.items()})
         return
     table = Table("name", "year", "idea", "options")
@@ -273,8 +307,9 @@ def doctor(
 ) -> None:
     """What kvloom found on this machine: versions, threads, and which attention kernels run.
 
-    KVLOOM_KERNELS=torch switches kernels off, those for GPUs too; KVLOOM_ISA=portable, avx2 or avx512 picks an instruction
-    set. KVLOOM_DOT=float multiplies packed codes of few bits by floats, not by 8-bit integers.
+    KVLOOM_KERNELS=torch switches kernels off, those for GPUs too; KVLOOM_ISA=portable, avx2, avx512, avx512vnni or
+    avx512bf16 picks an instruction set. KVLOOM_DOT=float multiplies packed codes of few bits by floats, not by 8-bit
+    integers.
     KVLOOM_KERNELS=triton with TRITON_INTERPRET=1 is for tests: the GPU's kernels on the CPU, interpreted.
 
     Example: kvloom doctor --measure, then kvloom plan nano --hardware cpu
@@ -317,31 +352,41 @@ def doctor(
 def calibrate(
     model: str,
     *,
-    recipe: str = "razorattention",
-    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    cache: Annotated[str, Parameter(name=["--cache", "--recipe"])],
+    text: Path | None = None,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
     json: Json = False,
 ) -> None:
     """Measure a model once for a recipe that needs it, and write the profile to a file.
 
-    Use it as: kvloom generate MODEL --cache "razorattention(profile='FILE')" ...
+    A profile in its default place is found by itself; any other as: --cache "kvquant(profile='FILE')".
 
     Args:
         model: Folder, hub id or "nano".
-        recipe: The recipe to measure for; only razorattention needs it.
-        output: The profile to write (safetensors).
+        cache: The recipe to measure for, with its options.
+        text: What the model reads meanwhile, if the recipe wants a text; without it, a book that comes with kvloom.
+        output: The profile to write (safetensors). Without it: the model's own folder, or the user's cache.
     """
-    if recipe != "razorattention":
-        raise RecipeError(f"--recipe {recipe!r} needs no calibration; only razorattention does.")
-    from kvloom.recipes.razorattention import calibrate as run
+    import torch
 
-    network, _ = _prepare(model)
-    scores = run(network, output)
-    shapes = {name: list(x.shape) for name, x in scores.items()}
+    from kvloom import parse
+    from kvloom.core.profile import default_path
+    from kvloom.lab.measure import NANO
+
+    recipe = parse(cache)
+    if recipe.calibrate is None:
+        raise RecipeError(f"--cache {cache!r} needs no profile. Give one recipe that does: razorattention or kvquant.")
+    words = read_text(text or NANO.parent / "text" / "gutenberg.txt", "--text")
+    network, tokenizer = _prepare(model)
+    path = output or default_path(network, cache.partition("(")[0].strip())
+    ids = torch.tensor(tokenizer.encode(words, add_special_tokens=False))
+    with progress(None) as tell:
+        found = recipe.calibrate(network, ids, path, tell)
     if json:
-        print_json({"file": str(output), "scores": shapes})
+        print_json({"file": str(path), "tensors": {name: list(x.shape) for name, x in found.items()}})
     else:
-        layers, heads = shapes["echo"]
-        Console().print(f"Wrote {output}: scores of {layers} layers x {heads} heads.", highlight=False)
+        size = path.stat().st_size
+        Console().print(f"Wrote {path}: {len(found)} tensors, {size:,} bytes.", highlight=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

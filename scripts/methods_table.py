@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
 import kvloom  # noqa: F401  (registers the recipes)
 from kvloom.core.card import Card
 from kvloom.core.registry import recipes
+from scripts.made import write_or_check
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 HEAD = """\
@@ -62,17 +61,5 @@ def page() -> str:
     return "\n".join([HEAD, "\n".join(table) + "\n", *(section(card) for card in cards)])
 
 
-def main() -> None:
-    """Writes the page, or says whether it is current."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail if the page is not current; write nothing")
-    wanted, held = page(), PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-    if not parser.parse_args().check:
-        PAGE.write_text(wanted, encoding="utf-8")
-        print(f"docs/methods.md: {len(recipes())} recipes")
-    elif wanted != held:
-        sys.exit("docs/methods.md is not what the cards say: run python -m scripts.methods_table")
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check(PAGE, page(), __doc__, f"{len(recipes())} recipes")

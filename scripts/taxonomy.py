@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +11,14 @@ from typing import Any
 
 import kvloom  # noqa: F401  (registers the recipes)
 from kvloom.core.registry import recipes
+from scripts.made import write_or_check
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).with_suffix(".toml")
 PAGE = ROOT / "docs" / "taxonomy.md"
 LAB = ROOT / "docs" / "lab.json"
 OUT = "out of scope"
+Lab = dict[str, list[dict[str, Any]]]  # recipe -> what `scripts.lab_results` wrote of it
 
 # contract -> what it does, and the file or folder that holds it once it exists
 CONTRACTS: dict[str, tuple[str, str]] = {
@@ -125,16 +125,21 @@ def _shown(system: System) -> str:
     return f"[**{name}**](methods.md#{system.recipe})" if system.recipe else name
 
 
-def _measured(subclass: Subclass, lab: dict[str, dict[str, Any]]) -> str:
-    """The recipes of a row, with what the lab's file says of each in numbers or words, or the card that says what was measured."""
+def _measured(subclass: Subclass, lab: Lab) -> str:
+    """The recipes of a row: a link to the card, and the lab's figures with a link to the tables."""
     found = []
     for name in [s.recipe for s in subclass.systems if s.recipe]:
-        said = ", ".join(f"{k} {v}" for k, v in lab.get(name, {}).items() if isinstance(v, str | int | float))
+        said = "; ".join(f"[`{x['cache']}`](lab-results.md#{x['model']}) {_figures(x)}" for x in lab.get(name, []))
         found.append(f"[`{name}`](methods.md#{name})" + (f": {said}" if said else ""))
     return "; ".join(found)
 
 
-def _section(level: str, rows: list[Subclass], lab: dict[str, dict[str, Any]]) -> str:
+def _figures(measured: dict[str, Any]) -> str:
+    shown = (("quality", "quality {:.0%}"), ("smaller", "{:.1f}x smaller"), ("kl", "KL {:.3f}"))
+    return ", ".join(text.format(measured[key]) for key, text in shown if measured[key] is not None)
+
+
+def _section(level: str, rows: list[Subclass], lab: Lab) -> str:
     title, about = LEVELS[level]
     lines = [
         f"## {title}",
@@ -166,7 +171,7 @@ def _contracts() -> str:
 
 def page() -> str:
     """The whole page."""
-    lab: dict[str, dict[str, Any]] = json.loads(LAB.read_text(encoding="utf-8")) if LAB.exists() else {}
+    lab: Lab = json.loads(LAB.read_text(encoding="utf-8")) if LAB.exists() else {}
     rows = tree()
     systems = [s for row in rows for s in row.systems]
     own = sum(1 for s in systems if s.recipe)
@@ -175,17 +180,5 @@ def page() -> str:
     return "\n".join([HEAD, told, *parts, _contracts()])
 
 
-def main() -> None:
-    """Writes the page, or says whether it is current."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail if the page is not current; write nothing")
-    wanted, held = page(), PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-    if not parser.parse_args().check:
-        PAGE.write_text(wanted, encoding="utf-8")
-        print(f"docs/taxonomy.md: {len(tree())} sub-classes")
-    elif wanted != held:
-        sys.exit("docs/taxonomy.md is not what the data and the recipes say: run python -m scripts.taxonomy")
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check(PAGE, page(), __doc__, f"{len(tree())} sub-classes")

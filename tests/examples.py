@@ -13,7 +13,7 @@ from kvloom.lab.tasks import TASKS, Example, Kit
 
 
 @cache
-def nano() -> Kit:
+def nano_kit() -> Kit:
     """The bundled model's tokenizer and the shipped text."""
     return Kit(AutoTokenizer.from_pretrained(NANO))
 

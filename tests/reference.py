@@ -277,9 +277,11 @@ class Kivi(Full):
 class Mikv(Full):
     """MiKV: H2O decides what is important; the rest is kept in few bits, keys balanced by b. Demotion is final."""
 
-    def __init__(self, model: Any, budget: float, bits: int, group: int | None, window: float = 0.5) -> None:
+    def __init__(
+        self, model: Any, budget: float, bits: int, group: int | None, window: float = 0.5, interval: int = 1
+    ) -> None:
         super().__init__(model)
-        self.budget, self.bits, self.group, self.window = budget, bits, group, window
+        self.budget, self.bits, self.group, self.window, self.interval = budget, bits, group, window, interval
         self.low: dict[tuple[int, int], set[int]] = defaultdict(set)
         self.balance: dict[tuple[int, int], Tensor] = {}
 
@@ -292,7 +294,10 @@ class Mikv(Full):
         budget = math.floor(self.budget * self.prompt + 1e-9)
         recent = int(self.window * budget)
         old = [i for i in range(n - recent) if i not in low]
-        for i in sorted(old, key=lambda i: float(s.score[i]))[: max(0, n - len(low) - budget)]:
+        over = n - len(low) - budget
+        if over < (1 if p.shape[1] > 1 else self.interval):
+            return
+        for i in sorted(old, key=lambda i: float(s.score[i]))[:over]:
             s.k[i] = per_token(s.k[i : i + 1] * b, self.bits, self.group)[0] / b
             s.v[i] = per_token(s.v[i : i + 1], self.bits, self.group)[0]
             low.add(i)

@@ -133,10 +133,26 @@ def test_a_copied_cache_is_read_as_the_one_it_was_copied_from() -> None:
 
 
 def test_prefill(told: list[tuple[int, int]], capsys: pytest.CaptureFixture[str]) -> None:
-    found = run(capsys, "prefill", "--tokens", "48", "--cache", "full", "--rounds", "1")
-    assert found["tokens"] == 48 and [row["cache"] for row in found["rows"]] == ["DynamicCache", "full"]
+    found = run(capsys, "prefill", "random", "--tokens", "48", "--cache", "full", "--rounds", "1")
+    assert (
+        found["model"] == "random"
+        and found["tokens"] == 48
+        and [row["cache"] for row in found["rows"]] == ["DynamicCache", "full"]
+    )
     assert all(row["seconds"] > 0 and row["bar"] is None for row in found["rows"])
     assert told == [(4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("model", "cache", "tokens", "bar"),
+    [("nano", "snapkv", 8192, 1.10), ("random", "snapkv", 8192, 1.05), ("random", "h2o(budget=0.1)", 8192, 1.60),
+     ("random", "mikv", 8192, 1.60), ("random", "DynamicCache", 8192, None), ("random", "full", 4096, None),
+     ("another", "full", 8192, None)],
+)  # fmt: skip
+def test_prefill_bars(model: str, cache: str, tokens: int, bar: float | None) -> None:
+    from kvloom.bench.prefill import _bar
+
+    assert _bar(model, cache, tokens) == bar
 
 
 def test_memory(

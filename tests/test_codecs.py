@@ -10,9 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvloom.core.codec import Codec, Exact
+from kvloom.core.site import Site
 from kvloom.kernels.pack import BITS, pack, unpack
 from kvloom.segments.balance import Balance
+from kvloom.segments.levels import Levels
+from kvloom.segments.lowrank import LowRank
 from kvloom.segments.minmax import MinMax
+from kvloom.segments.outliers import ChannelOutliers, RangeOutliers, TokenOutliers
+from kvloom.segments.rotate import Rotate
+from kvloom.segments.sphere import SignResidual, Sphere
 
 shapes = st.tuples(st.integers(1, 3), st.integers(0, 4), st.sampled_from([8, 16, 24, 64]))
 
@@ -36,7 +42,21 @@ def test_pack_layout() -> None:
 def codecs() -> st.SearchStrategy[Codec]:
     tokens = st.builds(MinMax, st.sampled_from(BITS), st.sampled_from([8, 16]), st.just("tokens"))
     channels = st.builds(MinMax, st.sampled_from(BITS), st.sampled_from([8, None]), st.just("channels"))
-    return st.one_of(tokens, channels, st.builds(Balance, channels), st.builds(Exact))
+    scopes, shares, chunks = (
+        st.sampled_from(["layer", "head"]),
+        st.sampled_from([0.0, 0.1, 0.5]),
+        st.sampled_from([None, 16]),
+    )
+    spheres = st.builds(Sphere, st.sampled_from(BITS), st.booleans())
+    levels = st.builds(Levels, st.sampled_from(BITS), st.sampled_from(["tokens", "channels"]), st.none(), scopes)
+    sparse = st.one_of(
+        st.builds(ChannelOutliers, st.one_of(tokens, channels), shares, chunks),
+        st.builds(TokenOutliers, st.one_of(channels, levels), shares, scopes, st.booleans()),
+        st.builds(RangeOutliers, st.builds(Levels, st.sampled_from(BITS), st.just("tokens")), shares, scopes),
+    )
+    low = st.builds(LowRank, st.one_of(tokens, channels, sparse), st.sampled_from([1, 4]), chunks)
+    turned = st.builds(Rotate, st.one_of(spheres, st.builds(SignResidual, spheres), channels))
+    return st.one_of(tokens, channels, st.builds(Balance, channels), st.builds(Exact), sparse, low, turned, levels)
 
 
 def draw_block(
@@ -44,7 +64,8 @@ def draw_block(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     x = (torch.randn(h, units * codec.unit, dim, generator=generator) * size + size).to(dtype)
-    const = {"balance": torch.rand(h, dim, generator=generator) + 0.5} if codec.fits else {}
+    site = Site(0, 1, h, h, dim, dim, dtype, lambda: None)
+    const = {"balance": torch.rand(h, dim, generator=generator) + 0.5} if codec.fits else codec.const(site, "key")
     return x, const, codec.encode(x, const)
 
 
@@ -58,11 +79,12 @@ anything = given(
 @anything
 def test_bytes_equal_the_block(codec: Codec, shape: Any, seed: int, size: float, dtype: torch.dtype) -> None:
     h, units, dim = shape
-    x, _, block = draw_block(codec, h, units, dim, seed, size, dtype)
-    assert sum(field.nbytes for field in block.values()) == h * codec.nbytes(x.shape[1], dim, dtype.itemsize)
+    x, _, block = draw_block(codec, h, max(units, 1), dim, seed, size, dtype)
+    assert sum(field.nbytes for field in block.values()) == codec.nbytes(x.shape[1], h, dim, dtype.itemsize)
     assert block.keys() == codec.per.keys()
     for name, field in block.items():
-        assert field.shape[:2] == (h, x.shape[1] // codec.per[name])
+        per = codec.per[name]
+        assert field.shape[0] in (1, h) and field.shape[1] == (x.shape[1] // per if per else 1)
 
 
 @settings(max_examples=80, deadline=None)
@@ -78,6 +100,56 @@ def test_dot_and_mix_equal_decoding_first(codec: Codec, shape: Any, seed: int, s
     tolerance = 1e-4 * float(y.abs().max() + 1e-6) * dim
     torch.testing.assert_close(dot, 0.3 * q.float() @ y.transpose(1, 2), atol=tolerance, rtol=1e-4)
     torch.testing.assert_close(mix, p @ y, atol=tolerance, rtol=1e-4)
+
+
+@settings(max_examples=80, deadline=None)
+@anything
+def test_a_part_and_some_slots_decode_as_in_the_whole(
+    codec: Codec, shape: Any, seed: int, size: float, dtype: torch.dtype
+) -> None:
+    h, units, dim = shape
+    x, const, block = draw_block(codec, h, units + 2, dim, seed, size, dtype)
+    whole, unit, n = codec.decode(block, const), codec.unit, x.shape[1]
+    assert codec.slots(block) == n
+    part = codec.cut(block, unit, n)
+    torch.testing.assert_close(codec.decode(part, const), whole[:, unit:], rtol=1e-5, atol=1e-5 * size)
+    draw = torch.Generator().manual_seed(seed)
+    kept = torch.stack([torch.randperm(units + 2, generator=draw)[: units + 1].sort().values for _ in range(h)])
+    kept = kept[:1].expand(h, -1) if codec.scope == "layer" else kept
+    slots = (kept[..., None] * unit + torch.arange(unit)).flatten(1)
+    some = codec.take(block, slots)
+    want = whole.gather(1, slots[..., None].expand(-1, -1, dim))
+    torch.testing.assert_close(codec.decode(some, const), want, rtol=1e-5, atol=1e-5 * size)
+    # what was taken is a block like any other
+    part = codec.cut(some, unit, slots.shape[1]) if units else some
+    torch.testing.assert_close(codec.decode(part, const), want[:, unit if units else 0 :], rtol=1e-5, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("n", [4096, 16384])
+def test_attention_never_decodes_much_at_once(n: int) -> None:
+    """Of 2 heads of 64 channels no more than an eighth is decoded at a time."""
+    x, q, p = torch.randn(2, n, 64), torch.randn(2, 2, 64), torch.rand(2, 2, n)
+    site = Site(0, 1, 2, 2, 64, 64, torch.float32, lambda: None)
+    for codec in (
+        LowRank(ChannelOutliers(MinMax(2, 32, "tokens"), 0.02), 4), TokenOutliers(MinMax(2, 32, "channels"), 0.02),
+        Rotate(Sphere(4)), Rotate(SignResidual(Sphere(3))), RangeOutliers(Levels(3, "tokens"), 0.01),
+    ):  # fmt: skip
+        const, most = codec.const(site, "key"), 0
+        block, base = codec.encode(x, const), codec
+        while hasattr(base, "inner"):
+            base = base.inner
+        decode = base.decode
+
+        def watched(block: Any, const: Any, decode: Any = decode) -> torch.Tensor:
+            nonlocal most
+            y: torch.Tensor = decode(block, const)
+            most = max(most, y.numel())
+            return y
+
+        base.decode = watched  # type: ignore[method-assign]
+        codec.dot(q, block, const, 1.0)
+        codec.mix(p, block, const)
+        assert 0 < most <= x.numel() / 8, codec
 
 
 @settings(max_examples=100, deadline=None)

@@ -16,6 +16,7 @@ from scripts import methods_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+STORE = ROOT / "docs" / "store.md"
 GUIDE = ROOT / "docs" / "write-a-recipe.md"
 
 
@@ -34,7 +35,7 @@ def run_blocks(page: Path) -> dict[str, Any]:
 @pytest.fixture
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recipes that a test registers are gone after it."""
-    monkeypatch.setattr(registry, "_factories", dict(registry._factories))
+    monkeypatch.setattr(registry.RECIPES, "factories", dict(registry.RECIPES.factories))
 
 
 @pytest.mark.usefixtures("own_registry")
@@ -73,6 +74,10 @@ def test_the_quick_start_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     names = run_blocks(README)
     assert names["cache"].nbytes > 0
+
+
+def test_the_page_of_the_store_runs() -> None:
+    assert run_blocks(STORE)["reply"].report.tokens
 
 
 def test_the_readme_names_every_recipe() -> None:

@@ -30,6 +30,11 @@ LOSSLESS: dict[str, str] = {
     "snapkv": "snapkv(budget=1000000)",
     "razorattention": "razorattention(induction=1.0)",
     "mikv": "mikv(budget=1.0)",
+    "tova": "tova(budget=1000000)",
+    "keydiff": "keydiff(budget=1000000)",
+    "pyramidkv": "pyramidkv(budget=1000000)",
+    "adakv": "adakv(budget=1000000)",
+    "expected-attention": "expected-attention(budget=1000000)",
     "kivi": "kivi(group=8, residual=2048)",
     "snapkv-kivi": "snapkv(budget=1000000) | kivi(group=8, residual=2048)",
 }
@@ -38,6 +43,8 @@ LOSSLESS: dict[str, str] = {
 REFUSED: dict[tuple[str, str], str] = {
     ("streamingllm", "llama-dynamic"): "dynamic",
     ("streamingllm", "llama-longrope"): "longrope",
+    ("expected-attention", "llama-dynamic"): "dynamic",
+    ("expected-attention", "llama-longrope"): "longrope",
 }
 # On older transformers a sliding model is no good as an assistant, whatever the cache of the main model.
 ASSISTED = ("assisted", "selfassisted")

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from kvloom.errors import LabError
 from kvloom.lab import session
 from kvloom.lab.chat import first_turn
-from kvloom.lab.measure import NANO, load_model
+from kvloom.lab.measure import load_model
 from kvloom.lab.metrics import METRICS, score
 from kvloom.lab.tasks import TASKS, Example, Kit, Turn, find
 from kvloom.lab.tasks.data import Record, document, lines, shortened
@@ -32,11 +31,6 @@ QA = ["ruler/qa_1", "ruler/qa_2"]
 @pytest.fixture(autouse=True)
 def _samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVLOOM_DATA", str(HERE))
-
-
-@pytest.fixture(scope="module")
-def kit() -> Kit:
-    return Kit(AutoTokenizer.from_pretrained(NANO))
 
 
 def load(name: str) -> list[Example]:

@@ -11,7 +11,6 @@ import torch
 
 from kvloom import KVCache
 from kvloom.errors import LabError, RecipeError
-from kvloom.lab.measure import load_model
 
 pytest.importorskip("lm_eval", reason="the extra `harness` is not installed: pip install 'kvloom[harness]'")
 
@@ -68,11 +67,6 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, A
             "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
         }
         yield [{**base, **own} for own in (choice, generation, rolling)]
-
-
-@pytest.fixture(scope="module")
-def nano() -> tuple[Any, Any]:
-    return load_model("nano")
 
 
 class Request:

@@ -17,29 +17,16 @@ from hypothesis import strategies as st
 
 from kvloom.core.registry import parse
 from kvloom.lab import session
-from kvloom.lab.measure import load_model
 from kvloom.lab.tasks import Kit, ruler
 from kvloom.lab.tasks.haystack import NOISE, Prose, adjective_noun, placed, scattered
 from kvloom.lab.tasks.needle import DEPTHS, depths
 from kvloom.lab.tasks.ruler import NIAH
 from kvloom.lab.tasks.scbench import EDGE, STATISTICS, TURNS
 from kvloom.lab.tasks.shots import SHIFTS, dates, shuffled_objects
-from tests.examples import make, nano, prompt
+from tests.examples import make, nano_kit, prompt
 
 DATA = Path(os.environ.get("KVLOOM_DATA", "/nonexistent"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_data() -> Any:
-    """Examples are the same on every machine: nothing is taken from a data folder unless a test says so."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("KVLOOM_DATA", raising=False)
-        yield
-
-
-@pytest.fixture(scope="module")
-def kit() -> Kit:
-    return nano()
+pytestmark = pytest.mark.usefixtures("no_data")
 
 
 # RULER
@@ -164,7 +151,7 @@ def test_ruler_common_words_outlast_the_lists(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         ruler, "vocabulary", lambda text: [f"word{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(60)]
     )
-    example = make("ruler/cwe", nano(), 6000)
+    example = make("ruler/cwe", nano_kit(), 6000)
     counts = Counter(re.findall(r"\d+\. (\S+)", example.context))
     assert len(counts) > 90 and set(counts.values()) == {3, 30}
 
@@ -209,18 +196,11 @@ def test_needles_stand_once_at_rising_depths_within_a_sentence(kit: Kit) -> None
     assert measured == sorted(measured) and measured[0] == 0 and measured[-1] == 1
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return load_model("nano")
-
-
 @pytest.mark.parametrize(("index", "survives"), [(0, True), (3, False), (7, False), (10, True)])
-def test_a_cache_that_drops_the_middle_loses_the_needles_there(
-    index: int, survives: bool, kit: Kit, model: Any
-) -> None:
+def test_a_cache_that_drops_the_middle_loses_the_needles_there(index: int, survives: bool, kit: Kit, nano: Any) -> None:
     example = make("needle", kit, 900, index)
     for recipe, expected in (("full", 1), ("streamingllm(sinks=64, window=192)", survives)):
-        out, _ = session.run(*model, parse(recipe), example, "multi-request")
+        out, _ = session.run(*nano, parse(recipe), example, "multi-request")
         assert out.replies[0].score == expected
 
 
@@ -246,7 +226,7 @@ def test_a_text_is_cut_and_parted_at_its_sentences(words: list[str], start: int,
     taken, stops = Prose("x", words, ends).cut(count, start)
     assert taken == [words[(start + i) % len(words)] for i in range(count)]
     assert stops == [i for i, word in enumerate(taken, 1) if re.search(r"[.!?]\)?$", word)]
-    spots = placed(nano().tokenizer, taken, stops, [0, 20, 50, 50, 90, 100])
+    spots = placed(nano_kit().tokenizer, taken, stops, [0, 20, 50, 50, 90, 100])
     assert spots == sorted(spots) and spots[0] == 0 and spots[-1] == count
     assert all(spot in (0, count, *stops) for spot in spots)
     assert [x for x in scattered(taken, spots, list("ABCDEF")) if x not in "ABCDEF"] == taken

@@ -17,26 +17,15 @@ from kvloom.errors import LabError
 from kvloom.lab.metrics import METRICS, score
 from kvloom.lab.tasks import TASKS, Example, Kit, Turn
 from kvloom.lab.tasks.ruler import NIAH
-from tests.examples import byte_tokenizer, make, nano, prompt
+from kvloom.lab.tasks.text import CONTINUED
+from tests.examples import byte_tokenizer, make, nano_kit, prompt
 
 RULER = [f"ruler/{name}" for name in (*NIAH, "vt", "cwe", "fwe")]
 SCBENCH = [f"scbench/{name}" for name in ("kv", "prefix_suffix", "vt", "mf", "many_shot")]
 RECALL = [f"recall/{name}" for name in ("single", "multi_key", "multi_value", "multi_query")]
 NAMES = [*RULER, *SCBENCH, *RECALL, "needle", "needle/multi", "longeval/lines", "text/bits"]
 DATA = Path(os.environ.get("KVLOOM_DATA", "/nonexistent"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_data() -> Any:
-    """Examples are the same on every machine: nothing is taken from a data folder unless a test says so."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("KVLOOM_DATA", raising=False)
-        yield
-
-
-@pytest.fixture(scope="module")
-def kit() -> Kit:
-    return nano()
+pytestmark = pytest.mark.usefixtures("no_data")
 
 
 # All of them
@@ -93,7 +82,7 @@ def test_what_does_not_fit_is_refused(name: str, kit: Kit) -> None:
     st.integers(1700, 5000),
 )
 def test_any_length_and_seed(name: str, seed: int, length: int) -> None:
-    kit = nano()
+    kit = nano_kit()
     example = make(name, kit, length, seed % 13, seed)
     assert 0.8 * length < kit.size(example) <= length
     for turn in example.turns:
@@ -173,11 +162,12 @@ def test_longeval_as_published(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("name", RECALL)
-def test_recall_asks_three_times_for_other_facts(name: str, kit: Kit) -> None:
+def test_recall_asks_for_other_facts_in_each_turn(name: str, kit: Kit) -> None:
     example = make(name, kit, 2048)
-    assert len(example.turns) == 3
+    turns, asked = (2, 3) if name.endswith("query") else (2, 1) if name.endswith("value") else (3, 1)
+    assert len(example.turns) == turns
     keys = [key for turn in example.turns for key in turn.extra["keys"]]
-    assert len(keys) == len(set(keys)) == (9 if name.endswith("query") else 3)
+    assert len(keys) == len(set(keys)) == turns * asked
     for turn in example.turns:
         planted = turn.extra["values"]
         wanted = [value for key in turn.extra["keys"] for value in planted[key]]
@@ -205,7 +195,7 @@ def test_bits_continue_the_text(kit: Kit) -> None:
     for example in pieces:
         turn = example.turns[0]
         assert example.context + turn.answers[0] in kit.text and turn.question == "" and turn.metric not in METRICS
-        assert 240 < kit.count(turn.answers[0]) <= 256
+        assert CONTINUED - 16 < kit.count(turn.answers[0]) <= CONTINUED
         assert prompt(kit, example) == f"<|begin|>{example.context}"
         places.append(kit.text.index(example.context + turn.answers[0]))
     ends = [place + len(x.context + x.turns[0].answers[0]) for place, x in zip(places, pieces)]
@@ -213,10 +203,10 @@ def test_bits_continue_the_text(kit: Kit) -> None:
 
 
 def test_bits_need_a_long_text() -> None:
-    kit = Kit(nano().tokenizer, "It was a bright day. " * 50)
+    kit = Kit(nano_kit().tokenizer, "It was a bright day. " * 50)
     with pytest.raises(LabError, match="needs a text of"):
         make("text/bits", kit, 1024)
-    long = Kit(nano().tokenizer, "".join(f"Day {i} was bright. " for i in range(2000)))
+    long = Kit(nano_kit().tokenizer, "".join(f"Day {i} was bright. " for i in range(2000)))
     assert len({make("text/bits", long, 512, index).context for index in range(20)}) == 20  # round and round
 
 

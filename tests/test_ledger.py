@@ -18,6 +18,9 @@ RECIPES = [
     "streamingllm(sinks=4, window=60)",
     "h2o(budget=0.3)",
     "snapkv(budget=64, window=8, interval=8)",
+    "pyramidkv(budget=64, window=8, interval=8)",
+    "adakv(budget=64, window=8, interval=8)",
+    "expected-attention(budget=64, window=16, interval=8)",
     "razorattention(echo=0.2, induction=0.2, window=20, share=10)",
     "kivi(bits=2, group=8, residual=32)",
     "kivi(bits=3, group=16, residual=32)",
@@ -75,7 +78,7 @@ def test_nbytes_with_forks() -> None:
 
 def state(cache: KVCache) -> int:
     return sum(
-        e.nbytes for e in cache.report().entries if e.plane == "state" or e.segment == "heads" or e.field == "balance"
+        e.nbytes for e in cache.report().entries if e.plane == "state" or e.segment == "heads" or e.plane == "constant"
     )
 
 
@@ -88,7 +91,7 @@ def test_used_equals_the_formula(recipe: str, sizes: list[int]) -> None:
     run_cache(model, cache, prompt(sum(sizes)), sizes)
     planes = columns = want = most = 0
     for entry in cache.report().entries:
-        planes += entry.nbytes if entry.plane in ("key", "value") and entry.field != "balance" else 0
+        planes += entry.nbytes if entry.plane in ("key", "value") else 0
         columns += entry.nbytes if entry.plane == "column" else 0
     for layer in layers_of(cache):
         for group in layer.groups:
@@ -145,6 +148,10 @@ BYTES = {
     "streamingllm": "streamingllm(sinks=4, budget={!r})",
     "h2o": "h2o(budget={!r})",
     "snapkv": "snapkv(window=8, budget={!r})",
+    "tova": "tova(budget={!r})",
+    "pyramidkv": "pyramidkv(window=8, budget={!r})",
+    "adakv": "adakv(window=8, budget={!r})",
+    "expected-attention": "expected-attention(window=8, budget={!r})",
 }
 KIVI = " | kivi(bits=4, group=8, residual=16)"
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from kvloom.core import registry
-from scripts import taxonomy
+from kvloom.lab.records import Results
+from scripts import lab_results, taxonomy
+from tests.test_lab_records import record
 
 
 def test_every_recipe_stands_in_the_tree_exactly_once() -> None:
@@ -56,11 +58,25 @@ def test_mistakes_in_the_data_are_refused(
         taxonomy.tree()
 
 
-def test_results_of_the_lab_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lab = tmp_path / "lab.json"
-    lab.write_text(json.dumps({"h2o": {"smaller": "7.5x", "examples": [1, 2]}}), encoding="utf-8")
-    monkeypatch.setattr(taxonomy, "LAB", lab)
-    assert "[`h2o`](methods.md#h2o): smaller 7.5x" in taxonomy.page()
+def test_results_of_a_run_are_shown_with_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From records on disk, through the script that writes the tables, to the page."""
+    values = {
+        "full": {"score": 1.0, "used": 800},
+        "h2o(budget=64)": {"score": 0.5, "used": 200},
+        "snapkv | kivi": {"score": 0.9, "used": 100},
+    }
+    with Results(tmp_path) as results:
+        for recipe, more in values.items():
+            for index in range(6):
+                results.add(record(model="nano", recipe=recipe, index=index, **more))
+    lab_results.write(tmp_path, "kvloom lab run small", tmp_path)
+    found = json.loads((tmp_path / "lab.json").read_text())
+    assert set(found) == {"full", "h2o"} and found["h2o"][0]["smaller"] == 4 and found["h2o"][0]["kl"] is None
+    text = (tmp_path / "lab-results.md").read_text()
+    assert "kvloom lab run small" in text and "\n## nano\n" in text and "h2o(budget=64)" in text
+    monkeypatch.setattr(taxonomy, "LAB", tmp_path / "lab.json")
+    shown = "[`h2o`](methods.md#h2o): [`h2o(budget=64)`](lab-results.md#nano) quality 50%, 4.0x smaller"
+    assert shown in taxonomy.page()
 
 
 def test_the_page_is_current_and_its_links_lead_to_cards() -> None:

@@ -1,8 +1,9 @@
-"""The commands `kvloom bench kernels`, `decode`, `prefill`, `memory`, `gpu` and `plan`."""
+"""The commands `kvloom bench kernels`, `decode`, `prefill`, `memory`, `store`, `tiers`, `gpu` and `plan`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
@@ -122,14 +123,17 @@ def decode(
 
 
 @app.command
-def prefill(*, tokens: int = 8192, cache: Caches = None, rounds: Rounds = 5, json: Json = False) -> None:
-    """Seconds to read a prompt with the bundled model: recipes against DynamicCache.
+def prefill(
+    model: str = "nano", /, *, tokens: int = 8192, cache: Caches = None, rounds: Rounds = 5, json: Json = False
+) -> None:
+    """Seconds to read a prompt: recipes against DynamicCache.
 
-    The bar of a row is the most that it should take; it is about prompts of 8,192 tokens. Takes minutes.
+    The bar of a row is the most that it should take; it is about prompts of 8,192 tokens of nano and random. Takes minutes.
 
-    Example: kvloom bench prefill --tokens 2048 --cache full --cache "h2o(budget=0.2)"
+    Example: kvloom bench prefill nano --tokens 2048 --cache full --cache "h2o(budget=0.2)"
 
     Args:
+        model: "nano", "random" (a Llama of 4 layers with 8 query and 2 KV heads of size 64), a folder or a hub id.
         tokens: Length of the prompt.
         cache: A recipe; give it once per recipe. Without it: all of them, with their default options.
     """
@@ -140,7 +144,7 @@ def prefill(*, tokens: int = 8192, cache: Caches = None, rounds: Rounds = 5, jso
     _at_least_one("--tokens", tokens)
     _at_least_one("--rounds", rounds)
     with progress(bench.steps(len(recipes), rounds), live=False) as tell:
-        found = bench.run(recipes, tokens, rounds, tell)
+        found = bench.run(model, recipes, tokens, rounds, tell)
     _show(found, (), json)
 
 
@@ -215,6 +219,68 @@ def plan(
         shown = " ".join(map(str, lengths))
         raise KvloomError(f"--tokens {shown} is more than {model or 'the models'!r} has positions for. Give fewer.")
     found = bench.Compared(rows, machine)
+    _show(found, found.notes(), json)
+
+
+@app.command
+def store(
+    model: str = "nano", /, *, tokens: int = 4096, cache: Caches = None, rounds: Rounds = 7, json: Json = False
+) -> None:
+    """Milliseconds to the first token behind a prompt that was read before: from memory, from files, computed again.
+
+    Every prompt ends with a question that is new. recompute is `generate` with transformers' own cache. The bars are about
+    nano, 4,096 tokens, under full.
+
+    Example: kvloom bench store nano --tokens 4096 --cache full --cache "kivi(bits=4)"
+
+    Args:
+        model: "nano", "random", a folder or a hub id.
+        tokens: Tokens that are reused: a multiple of 256.
+        cache: A recipe; give it once per recipe. Without it: full and kivi in 4 bits.
+    """
+    from kvloom.bench import store_reuse as bench
+
+    recipes = _recipes(cache, ("full", "kivi(bits=4)"))
+    _number("--tokens", str(tokens), multiple=256)
+    _at_least_one("--rounds", rounds)
+    with progress(bench.steps(len(recipes), rounds), live=False) as tell:
+        found = bench.run(model, tokens, recipes, rounds, tell)
+    _show(found, found.notes(), json)
+
+
+@app.command
+def tiers(
+    *urls: str,
+    folder: Path | None = None,
+    chunks: int = 8,
+    size: str = "32MiB",
+    rounds: Rounds = 5,
+    json: Json = False,
+) -> None:
+    """GiB/s that the store's tiers write and read, beside the disk itself, and what checksums take of it.
+
+    Chunks are of bf16 in 32 layers; 32 MiB are 256 tokens of a Llama-3.1-8B. What was written is removed at the end.
+
+    Example: kvloom bench tiers redis://localhost:6379/0 --folder /mnt/fast
+
+    Args:
+        urls: More tiers: redis://... or s3://...
+        folder: Where the file tier is made, on the disk to be measured. Without it: the system's folder for temporary files.
+        chunks: How many are written and read.
+        size: Bytes of one, a multiple of 4 MiB.
+    """
+    import tempfile
+
+    from kvloom.bench import store as bench
+    from kvloom.store.tier import size_of
+
+    _at_least_one("--chunks", chunks)
+    _at_least_one("--rounds", rounds)
+    place = folder or Path(tempfile.gettempdir())
+    if not place.is_dir():
+        raise KvloomError(f"--folder {str(place)!r} is no folder. Give one on the disk that is to be measured.")
+    with progress(bench.steps(rounds, len(urls)), live=False) as tell:
+        found = bench.run(place, urls, chunks, size_of(size), rounds, tell)
     _show(found, found.notes(), json)
 
 

@@ -83,7 +83,7 @@ def run(
         for name in model or ["nano"]:
             order = Order(name, recipes, chosen, seed, book, whole=bool(lengths))
             job = order.load()
-            with progress(left := job.left(results)) as tell:
+            with progress(left := job.left(results), live=workers == 1) as tell:
                 go(order, workers, results, tell) if workers > 1 and left else job.go(results, tell)
     records = load([folder])
     page = report.write(records, folder / "report.html", folder / "report.md")

@@ -50,7 +50,7 @@ def _registered(path: Path, name: str) -> str:
 
 def _name_of(factory: Callable[..., Any], name: str) -> str:
     """The name under which a function is registered; a plain one is registered under its own."""
-    for known, (build, _) in registry._factories.items():
+    for known, (build, _) in registry.RECIPES.factories.items():
         if factory in (build, getattr(build, "__wrapped__", None)):
             return known
     title = (factory.__doc__ or name).strip().splitlines()[0]

@@ -46,7 +46,7 @@ def read(
     queries: dict[int, list[Tensor]] = {}
     forms: dict[int, Logits] = {}
 
-    def note(layer: int, query: Tensor, output: Tensor, form: Logits) -> None:
+    def note(layer: int, query: Tensor, output: Tensor, form: Logits, *_: object) -> None:
         outputs.setdefault(layer, []).append(output[0, -1].float())
         queries.setdefault(layer, []).append(query[0, :, -1].float())
         forms[layer] = form

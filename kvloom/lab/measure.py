@@ -18,6 +18,7 @@ from kvloom import KVCache
 from kvloom.errors import ModelError
 from kvloom.lab.chat import encode, first_turn, next_turn, stops_of
 from kvloom.lab.clock import Clock
+from kvloom.lab.session import Session
 
 __all__ = ["NANO", "Answer", "Measured", "Question", "Task", "compare", "load_model", "run_recipe"]
 
@@ -101,30 +102,22 @@ def load_model(name: str) -> tuple[PreTrainedModel, Any]:
     return model.eval(), tokenizer
 
 
-@torch.no_grad()
-def _answer(model: PreTrainedModel, tokenizer: Any, cache: Any, logits: Tensor, limit: int, times: list[float]) -> str:
-    """Greedy decoding from the logits [1, V] of the last prompt token. The end token stays out of the cache."""
-    stops, got = stops_of(model, tokenizer), []
+def _answer(held: Session, logits: Tensor, limit: int) -> str:
+    """Greedy decoding from the logits [V] of the last prompt token. The end token stays out of the cache."""
+    stops, got = stops_of(held.model, held.tokenizer), []
     for _ in range(limit):
         token = int(logits.argmax(-1))
         if token in stops:
             break
         got.append(token)
-        clock = Clock()
-        logits = model(torch.tensor([[token]], device=model.device), past_key_values=cache).logits[:, -1]
-        times.append(clock.seconds())
-    return str(tokenizer.decode(got, skip_special_tokens=True)).strip()
+        logits = held.step(held.cache, token)
+    return str(held.tokenizer.decode(got, skip_special_tokens=True)).strip()
 
 
-@torch.no_grad()
-def _forced(model: PreTrainedModel, cache: Any, ids: Tensor, times: list[float]) -> Tensor:
+def _forced(held: Session, ids: Tensor) -> Tensor:
     """Log probabilities [m, V] after each of the ids [1, m], read one by one into a copy of the cache."""
-    twin, rows = copy.deepcopy(cache), []
-    for token in ids.to(model.device).split(1, dim=1):
-        clock = Clock()
-        rows.append(model(token, past_key_values=twin).logits[0, -1])
-        times.append(clock.seconds())
-    return torch.stack(rows).float().log_softmax(-1).cpu()
+    twin = copy.deepcopy(held.cache)
+    return torch.stack([held.step(twin, token) for token in ids[0].tolist()]).float().log_softmax(-1).cpu()
 
 
 def _holds(text: str, answer: str) -> bool:
@@ -151,25 +144,22 @@ def run_recipe(
     `reference`: log probabilities [m, V] of the full cache, None while the full cache itself is measured.
     Returns the row and this recipe's own log probabilities.
     """
-    cache: Any = KVCache(model, recipe)
+    held = Session(model, tokenizer, recipe)
     question = task.joint or " ".join(q.text for q in task.first)
     prompt = encode(tokenizer, first_turn(tokenizer, task.frame.format(document=task.document, question=question)))
     clock = Clock()
-    logits = model(prompt.to(model.device), past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    logits = held.read(held.cache, prompt)
     prefill = clock.seconds()
-    report = cache.report()
-    times: list[float] = []
-    ids = encode(tokenizer, task.continuation)
-    own = _forced(model, cache, ids, times)
+    report = held.cache.report()
+    own = _forced(held, encode(tokenizer, task.continuation))
     base = own if reference is None else reference
     kl = float((base.exp() * (base - own)).sum(-1).mean())
     agreement = float((base.argmax(-1) == own.argmax(-1)).float().mean())
-    got = _answer(model, tokenizer, cache, logits, limit, times)
+    got = _answer(held, logits, limit)
     answers = _graded(task.first, got, 1)
     for turn, later in enumerate(task.later, 2):
-        text = encode(tokenizer, next_turn(tokenizer, later.text)).to(model.device)
-        logits = model(text, past_key_values=cache).logits[:, -1]
-        answers += _graded([later], _answer(model, tokenizer, cache, logits, limit, times), turn)
+        logits = held.read(held.cache, encode(tokenizer, next_turn(tokenizer, later.text)))
+        answers += _graded([later], _answer(held, logits, limit), turn)
     known = [a.right for a in answers if a.right is not None]
     row = Measured(
         recipe=recipe,
@@ -178,7 +168,7 @@ def run_recipe(
         nbytes=report.nbytes,
         smaller=1.0,
         prefill_seconds=prefill,
-        decode_ms=1000 * statistics.median(times) if times else 0.0,
+        decode_ms=1000 * statistics.median(held.times) if held.times else 0.0,
         right=sum(known),
         asked=len(known),
         kl=max(0.0, kl),

@@ -10,6 +10,7 @@ from math import log10
 import torch
 import transformers
 
+from kvloom.lab import stats
 from kvloom.lab.measure import Measured
 
 __all__ = ["HEADS", "amount", "cells", "html", "pareto", "versions"]
@@ -32,7 +33,7 @@ MARKS = {True: '<span class="ok">âœ“ right</span>', False: '<span class="bad">âœ
 HEADS = ("recipe", "cache", "with room", "smaller", "prefill", "decode", "right", "KL to full", "same top token")
 
 
-def amount(nbytes: int) -> str:
+def amount(nbytes: float) -> str:
     """Bytes for people: "1.50 MiB"."""
     return f"{nbytes / 2**20:.2f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.1f} KiB"
 
@@ -68,11 +69,7 @@ def versions() -> dict[str, str]:
 
 def pareto(rows: Sequence[Measured]) -> list[Measured]:
     """Rows that no other beats in both bytes and KL, by rising bytes."""
-    front: list[Measured] = []
-    for row in sorted(rows, key=lambda r: (r.used, r.kl)):
-        if not front or row.kl < front[-1].kl:
-            front.append(row)
-    return front
+    return [rows[i] for i in stats.pareto([(row.used, -row.kl) for row in rows])]
 
 
 def plot(rows: Sequence[Measured]) -> str:

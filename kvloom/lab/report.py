@@ -17,6 +17,7 @@ from rich.table import Table
 
 from kvloom.errors import LabError
 from kvloom.lab import svg
+from kvloom.lab.page import amount
 from kvloom.lab.records import Record
 from kvloom.lab.stats import Interval
 from kvloom.lab.tables import BEYOND, Cell, Row, Spread, Summary, by_length, summarize
@@ -46,11 +47,6 @@ const value=row=>{const cell=row.cells[at],v=cell.dataset.v;return v===undefined
 [...body.rows].sort((a,b)=>{const x=value(a),y=value(b);if(typeof x==="string")return up?x.localeCompare(y):y.localeCompare(x);
 if(isNaN(x)||isNaN(y))return isNaN(x)-isNaN(y);return up?x-y:y-x}).forEach(row=>body.append(row))})});
 """.replace("\n", "")
-
-
-def amount(nbytes: float) -> str:
-    """Bytes for people: "1.50 MiB"."""
-    return f"{nbytes / 2**20:.2f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.1f} KiB"
 
 
 def _share(x: Interval | None, signed: bool = False) -> str:

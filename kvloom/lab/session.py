@@ -19,7 +19,7 @@ from kvloom.lab.clock import Clock
 from kvloom.lab.metrics import score
 from kvloom.lab.tasks import Example, Turn
 
-__all__ = ["MODES", "Mode", "Outcome", "Reply", "run"]
+__all__ = ["MODES", "Mode", "Outcome", "Reply", "Session", "run"]
 
 Mode = Literal["multi-turn", "multi-request"]
 MODES: tuple[Mode, ...] = ("multi-turn", "multi-request")
@@ -53,8 +53,10 @@ class Outcome:
     perplexity: float | None = None
 
 
-class _Session:
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, recipe: Recipe) -> None:
+class Session:
+    """A model with one cache of a recipe. `times`: seconds of each decoded token."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, recipe: Recipe | str) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.cache = KVCache(model, recipe)
         self.times: list[float] = []
@@ -65,6 +67,7 @@ class _Session:
         return logits
 
     def step(self, cache: KVCache, token: int) -> Tensor:
+        """One decoded token, timed; logits [V] after it."""
         clock = Clock()
         logits = self.read(cache, torch.tensor([[token]]))
         self.times.append(clock.seconds())
@@ -109,7 +112,7 @@ def between(tokenizer: Any, turn: Turn, question: str, chat: bool) -> str:
     return f" {turn.right}{next_turn(tokenizer, question, chat)}"
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def run(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -125,7 +128,7 @@ def run(
     of its cache. What is generated is dropped after each turn. `reference`: what the full cache predicted, for tasks that
     compare with it; the full cache itself runs without and returns it.
     """
-    session = _Session(model, tokenizer, recipe)
+    session = Session(model, tokenizer, recipe)
     head, tail = example.parts(tokenizer)
     ids = encode(tokenizer, head)
     alone = mode == "multi-request" or example.separate

@@ -33,17 +33,17 @@ def print_json(value: Any) -> None:
 
 
 @contextlib.contextmanager
-def progress(total: int, live: bool = True) -> Iterator[Callable[[str], None]]:
+def progress(total: int | None, live: bool = True) -> Iterator[Callable[[str], None]]:
     """A bar on stderr; the yielded function names the next step. `live`: redrawn all the time, by a thread of its own,
-    which would disturb what is being timed; otherwise only at each step.
+    which would disturb what is being timed; otherwise only at each step. `total` None: nobody knows.
     """
     columns: list[ProgressColumn] = [
         SpinnerColumn(),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.completed}" if total is None else "{task.completed}/{task.total}"),
         TimeElapsedColumn(),
     ]
-    columns += [TextColumn("left"), TimeRemainingColumn()] if total > 20 else []
+    columns += [TextColumn("left"), TimeRemainingColumn()] if total is not None and total > 20 else []
     console = Console(stderr=True)
     with Progress(*columns, TextColumn("{task.description}"), console=console, auto_refresh=live) as bar:
         task, done = bar.add_task("", total=total), -1

@@ -176,7 +176,7 @@ def _attention(kind: Kind, dtype: torch.dtype, n: int) -> float:
     site = Site(0, 1, h * g, h, dim, dim, dtype, lambda: None)
     groups = []
     for _ in range(LAYERS):
-        group = Group({"main": kind})
+        group = Group({"main": kind.at(site)})
         k, v = torch.randn(2, h, n, dim).to(dtype)
         group.segments["main"].append(Rows(k, v, 0))
         q, logits = torch.randn(h, g, 1, dim).to(dtype), Logits(dim**-0.5)

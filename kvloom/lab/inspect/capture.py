@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from kvloom.core.attention import Logits
 from kvloom.core.cache import KVCache, KVLayer
 from kvloom.core.group import Group
-from kvloom.core.mask import DenseMask, LazyMask
 from kvloom.core.rope import Rope
 from kvloom.core.site import Site
+from kvloom.core.update import Mask, watched
 from kvloom.core.view import sites_of, text_config
 from kvloom.errors import KvloomError, ModelError
 from kvloom.lab.inspect.masses import Masses
@@ -62,69 +63,32 @@ class Capture:
     others: dict[int, str] = field(default_factory=dict)
 
 
-class _Watched(KVLayer):
-    """A managed layer that shows every forward to `look`, after the layer's own attention."""
-
-    def __init__(self, cache: KVCache, site: Site, masses: Masses) -> None:
-        super().__init__(cache, site)
-        self.masses = masses
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        handles = super().update(key_states, value_states)
-        update = self.waiting
-        assert update is not None
-        plain = update.attend
-
-        def attend(
-            query: Tensor,
-            mask: LazyMask | Tensor | None,
-            scale: float,
-            softcap: float | None = None,
-            sinks: Tensor | None = None,
-        ) -> Tensor:
-            out = plain(query, mask, scale, softcap, sinks)
-            self.look(query[0], mask, scale, softcap, sinks)
-            return out
-
-        update.attend = attend  # type: ignore[method-assign]
-        return handles
-
-    def stored(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the whole text so far, [H, n, D]."""
-        main = self.rows[0].layer.groups[0].segments["main"]
-        return main.key.dense(0, main.n), main.value.dense(0, main.n)
-
-    def look(
-        self,
-        q: Tensor,
-        mask: LazyMask | Tensor | None,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> None:
-        keys, _ = self.stored()
-        held = DenseMask(mask, keys.shape[0]) if isinstance(mask, Tensor) else mask
-        visible = None if held is None else held.row(0, self.rows[0].gaps, None)
-        bias = None
-        if visible is not None:
-            shown = visible(torch.arange(keys.shape[1], device=q.device)[None], Group({}))
-            if shown.dtype == torch.bool:
-                shown = torch.zeros(shown.shape, device=q.device).masked_fill_(~shown, -torch.inf)
-            bias = shown.float()
-        self.masses.add(q, keys, scale, softcap, bias, sinks)
+def _whole(model: PreTrainedModel) -> tuple[KVCache, dict[int, KVLayer]]:
+    """A full cache, and its layers that keep keys and values, those with sliding windows included."""
+    cache = KVCache(model, "full")
+    stock = {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
+    for i, site in sites_of(model).items():
+        if type(cache.layers[i]).__name__ in stock:
+            cache.left_alone.pop(i, None)
+            cache.layers[i] = KVLayer(cache, site)
+    return cache, {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, KVLayer)}
 
 
-class _Watch(KVCache):
-    """A full cache whose layers are all watched, those with sliding windows included."""
+def _stored(layer: KVLayer) -> tuple[Tensor, Tensor]:
+    """Keys and values of the whole text so far, [H, n, D]."""
+    main = layer.rows[0].layer.groups[0].segments["main"]
+    return main.key.dense(0, main.n), main.value.dense(0, main.n)
 
-    def __init__(self, model: PreTrainedModel, tokens: int) -> None:
-        super().__init__(model, "full")
-        sites = sites_of(model)
-        stock = {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
-        for i, layer in enumerate(self.layers):
-            if isinstance(layer, KVLayer) or type(layer).__name__ in stock:
-                self.left_alone.pop(i, None)
-                self.layers[i] = _Watched(self, sites[i], Masses(tokens))
+
+def _bias(mask: Mask, layer: KVLayer, keys: Tensor) -> Tensor | None:
+    """What the mask adds to the logits of n tokens where it is more than causal, [1 or H, 1 or g, m, n] fp32, for keys [H, n, D]."""
+    visible = None if mask is None else mask.row(0, layer.rows[0].gaps, None)
+    if visible is None:
+        return None
+    shown = visible(torch.arange(keys.shape[1], device=keys.device)[None], Group({}))
+    if shown.dtype == torch.bool:
+        return torch.zeros(shown.shape, device=shown.device).masked_fill_(~shown, -torch.inf)
+    return shown.float()
 
 
 def _window(config: Any, layer: int, tokens: int) -> int | None:
@@ -165,28 +129,35 @@ def capture(model: PreTrainedModel, ids: Tensor, tell: Tell = lambda step: None)
         raise KvloomError(
             f"a text of {tokens} tokens (batch {ids.shape[0]}) is too short; give one of at least {LEAST}."
         )
-    cache = _Watch(model, tokens)
-    watched = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, _Watched)}
-    if not watched:
+    cache, held = _whole(model)
+    if not held:
         raise ModelError(f"model {type(model).__name__} has no layer with a KV cache, so there is nothing to inspect.")
-    turns = {i: _unrotated(layer.site) for i, layer in watched.items()}
+    turns = {i: _unrotated(layer.site) for i, layer in held.items()}
     longest = getattr(config, "max_position_embeddings", None)
     stretches = any(rope is not None and rope.varies for rope, _ in turns.values())
     if longest and tokens > longest and not stretches:
         raise KvloomError(f"tokens={tokens} is more than the model's {longest} positions; give at most that.")
+    masses = {i: Masses(tokens) for i in held}
+
+    def look(i: int, query: Tensor, output: Tensor, logits: Logits, mask: Mask, sinks: Tensor | None) -> None:
+        keys, _ = _stored(held[i])
+        bias = _bias(mask, held[i], keys)
+        masses[i].add(query[0], keys, logits.scale, logits.softcap, bias, sinks)
+
     training = model.training
     model.eval()
     try:
         for at in range(0, tokens, CHUNK):
             tell(f"reading token {at:,} of {tokens:,}")
             chunk = ids[:, at : at + CHUNK].to(model.device)
-            model.base_model(chunk, past_key_values=cache, use_cache=True)
+            with watched(look):
+                model.base_model(chunk, past_key_values=cache, use_cache=True)
     finally:
         model.train(training)
     layers = []
-    for i, layer in watched.items():
+    for i, layer in held.items():
         if not layer.rows:
             continue  # keys come from another layer
-        keys, values = layer.stored()
-        layers.append(Captured(i, keys, values, layer.masses.mean(), *turns[i], _window(config, i, tokens)))
+        keys, values = _stored(layer)
+        layers.append(Captured(i, keys, values, masses[i].mean(), *turns[i], _window(config, i, tokens)))
     return Capture(tokens, layers, dict(cache.left_alone))

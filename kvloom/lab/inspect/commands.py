@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from kvloom.errors import KvloomError
-from kvloom.lab.terminal import Json, print_json, progress
+from kvloom.lab.terminal import Json, print_json, progress, read_text
 
 __all__ = ["inspect"]
 
@@ -47,10 +47,7 @@ def inspect(
 
     if tokens < LEAST:
         raise KvloomError(f"--tokens {tokens} is too few to tell far from near; give at least {LEAST}.")
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise KvloomError(f"--text {str(text)!r} cannot be read as UTF-8 text ({error}). Give a text file.") from error
+    content = read_text(text, "--text")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     network, tokenizer = load_model(model)

@@ -1,4 +1,4 @@
-"""The bundled model's own tasks: planted facts in wordings it was trained on, with keys it never saw, asked in three turns.
+"""The bundled model's own tasks: planted facts in wordings it was trained on, with keys it never saw, asked in two or three turns.
 
 Later turns ask for other facts of the same document, so a cache that kept only what the first question looked at fails there.
 """
@@ -15,9 +15,8 @@ from kvloom.models.training.evaluate import holds
 from kvloom.models.training.recall import Haystack, Sample, make_sample
 from kvloom.models.training.tokenizer import DOCUMENT_END
 
-__all__ = ["TURNS"]
+__all__: list[str] = []
 
-TURNS = 3
 MOST = 250_000  # characters of the text that facts are planted in
 
 
@@ -40,13 +39,13 @@ def _example(sample: Sample, limit: int) -> Example:
     return Example("", sample.document, turns, sample.frame.replace("{document}", "{context}"))
 
 
-def _made(kind: str, limit: int, kit: Kit, rng: random.Random, length: int, index: int) -> Example:
+def _made(kind: str, turns: int, limit: int, kit: Kit, rng: random.Random, length: int, index: int) -> Example:
     haystack = _haystack(kit.tokenizer, kit.text[:MOST].replace(DOCUMENT_END, "\n"))
-    seed, room = rng.getrandbits(32), length - TURNS * limit
+    seed, room = rng.getrandbits(32), length - turns * limit
     for _ in range(20):  # the sample's own length is within 2 %, and other facts come with another length
         if room < 32:
             break
-        sample = make_sample(kind, room, seed, haystack, kit.count, turns=TURNS)
+        sample = make_sample(kind, room, seed, haystack, kit.count, turns=turns)
         if not all(holds(question.answer, question, sample.facts) for question in sample.questions):
             seed += 1  # a value is also the number in a key such as "word-461"
             continue
@@ -56,14 +55,14 @@ def _made(kind: str, limit: int, kit: Kit, rng: random.Random, length: int, inde
             return example
         room -= over + length // 200
     raise LabError(
-        f"length={length} is too short for the facts and {TURNS} answers of {limit} tokens of recall/{kind}."
+        f"length={length} is too short for the facts and {turns} answers of {limit} tokens of recall/{kind}."
     )
 
 
-for _kind, _limit, _about in (
-    ("single", 40, "three facts, one asked in each turn"),
-    ("multi-key", 40, "eleven facts, one asked in each turn"),
-    ("multi-value", 80, "three keys with three values, all values of one key asked in each turn"),
-    ("multi-query", 80, "twelve facts, three keys asked in each turn"),
+for _kind, _turns, _limit, _about in (
+    ("single", 3, 32, "three facts, one asked in each of three turns"),
+    ("multi-key", 3, 32, "eleven facts, one asked in each of three turns"),
+    ("multi-value", 2, 80, "two keys with three values, all values of one key asked in each of two turns"),
+    ("multi-query", 2, 80, "nine facts, three keys asked in each of two turns"),
 ):
-    generated(f"recall/{_kind.replace('-', '_')}", f"Planted facts: {_about}.")(partial(_made, _kind, _limit))
+    generated(f"recall/{_kind.replace('-', '_')}", f"Planted facts: {_about}.")(partial(_made, _kind, _turns, _limit))

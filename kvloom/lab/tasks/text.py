@@ -14,7 +14,7 @@ from kvloom.models.training.tokenizer import DOCUMENT_END
 
 __all__ = ["CONTINUED"]
 
-CONTINUED = 256
+CONTINUED = 64
 
 
 @lru_cache(maxsize=2)
@@ -29,7 +29,7 @@ def _per_token(tokenizer: Any, text: str) -> float:
     return len(sample) / len(tokenizer.encode(sample, add_special_tokens=False, verbose=False))
 
 
-@generated("text/bits", "Bits per byte of 256 tokens behind a long piece of text; pieces follow one another.")
+@generated("text/bits", "Bits per byte of 64 tokens behind a long piece of text; pieces follow one another.")
 def bits(kit: Kit, rng: random.Random, length: int, index: int) -> Example:
     """Pieces of the kit's text in their order, from the first one again when it is used up; the same for every seed.
 
