@@ -144,7 +144,9 @@ class _Hollow(Codec):
 
 
 class _Step(Step):
-    """Attention by lot."""
+    """Attention by lot, and queries without numbers, which nothing turns."""
+
+    rope = None
 
     def mass(self, table: Table) -> Tensor:
         return torch.rand(self.heads, 1, table.n)

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvloom.core.attention import Logits, received, segment_logits
 from kvloom.core.group import Group, Table
 from kvloom.core.recipe import Phase
+from kvloom.core.rope import Rope
 from kvloom.core.segment import Segment
 from kvloom.core.site import Site
 from kvloom.kernels import reference
@@ -44,6 +45,11 @@ class Step:
     @property
     def heads(self) -> int:
         return self.q.shape[0]
+
+    @property
+    def rope(self) -> Rope | None:
+        """How the layer rotates queries and keys."""
+        return self.site.rope
 
     def of_heads(self, at: Tensor, group: Group) -> Step:
         """The same step for some of the heads."""

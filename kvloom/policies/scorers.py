@@ -120,7 +120,7 @@ class Expected:
         assert q is not None
         first = step.length - q.shape[2]
         skip = min(max(0, self.sinks - first), q.shape[2] - 1)  # queries of the sinks are no example of others
-        rope, pivot, n = step.site.rope, None, q.shape[2] - skip
+        rope, pivot, n = step.rope, None, q.shape[2] - skip
         total = square = torch.zeros((), device=q.device)
         for start in range(skip, q.shape[2], BLOCK):
             x = q[:, :, start : start + BLOCK].float()
