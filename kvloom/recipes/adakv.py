@@ -23,7 +23,8 @@ CARD = Card(
     differs="Counts by head are rounded so that a layer holds just its budget (the official code rounds each to the nearest). GQA: scores are averaged over the query heads of a KV head. While decoding the paper never evicts; here the same "
     "rule runs again after every `interval` tokens over budget on average; interval=None is the paper.",
     open="Prompts in chunks: each settles when it ends.",
-    measured="",
+    measured="The document of `kvloom demo`, bundled model, 3,899 tokens, adakv(budget=512): cache 7.1x smaller, 0 of 4 "
+    "answers right, KL to the full cache 0.151 nats per token, same top token 67%. Prefill of 8,192 tokens 0.97x stock.",
     bytes="budget * ((D_k + D_v) * itemsize + 4) per KV head on average over a layer, 8 per KV head, and window queries per "
     "query head",
 )

@@ -22,7 +22,8 @@ CARD = Card(
     "refuses. epsilon is 0, as in kvpress.",
     open="While decoding, every `interval` tokens, moments come from the newest `window` queries. Prompts in chunks: moments of "
     "that chunk's queries.",
-    measured="",
+    measured="The document of `kvloom demo`, bundled model, 3,899 tokens, expected-attention(budget=512): cache 6.1x smaller, 0 of 4 "
+    "answers right, KL to the full cache 1.216 nats per token, same top token 39%. Prefill of 8,192 tokens 0.95x stock.",
     bytes="budget * ((D_k + D_v) * itemsize + 4) per KV head, and window queries per query head",
 )
 

@@ -20,7 +20,8 @@ CARD = Card(
     differs="Settles after each forward, whatever its size, and while decoding every `interval` tokens; the paper settles after "
     "blocks of 128. Feed a prompt in chunks to bound the peak as the paper does.",
     open="Keys are compared as cached, after RoPE. No sinks and no window are kept for their place.",
-    measured="",
+    measured="The document of `kvloom demo`, bundled model, 3,899 tokens, keydiff(budget=512): cache 7.6x smaller, 4 of 4 "
+    "answers right, KL to the full cache 0.475 nats per token, same top token 59%. Prefill of 8,192 tokens 0.97x stock.",
     bytes="budget * ((D_k + D_v) * itemsize + 4) per KV head",
 )
 

@@ -23,7 +23,8 @@ CARD = Card(
     "rule runs again after every `interval` tokens over budget; interval=None is the paper.",
     open="Steps between layers are whole slots, rounded down, as in the official code. Layers that stay with the model (sliding "
     "windows) take no part in the sequence. Prompts in chunks: each settles when it ends, by the length so far.",
-    measured="",
+    measured="The document of `kvloom demo`, bundled model, 3,899 tokens, pyramidkv(budget=512): cache 7.1x smaller, 0 of 4 "
+    "answers right, KL to the full cache 0.773 nats per token, same top token 52%. Prefill of 8,192 tokens 1.04x stock.",
     bytes="budget * ((D_k + D_v) * itemsize + 4) per KV head on average over the layers, and window queries per query head",
 )
 

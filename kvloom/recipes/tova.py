@@ -18,7 +18,8 @@ CARD = Card(
     claims="Near the full cache with an eighth of it, better than window, sinks and H2O; up to 4.8x throughput.",
     differs="None known: the newest token may itself be dropped, as in the paper (kvpress always keeps it).",
     open="A prompt of several tokens is settled once, by its last token. Prompts in chunks: each settles when it ends.",
-    measured="",
+    measured="The document of `kvloom demo`, bundled model, 3,899 tokens, tova(budget=512): cache 7.5x smaller, 1 of 4 "
+    "answers right, KL to the full cache 0.642 nats per token, same top token 56%. Prefill of 8,192 tokens 0.93x stock.",
     bytes="budget * ((D_k + D_v) * itemsize + 4) per KV head, and one query per query head",
 )
 
