@@ -213,7 +213,7 @@ class TestNoWaiting:
     @pytest.mark.parametrize(
         ("recipe", "asked"),
         [("full", {"split"}), (KIVI, {"split", "merge", "encode"}), ("h2o(budget=24)", {"split"}),
-         ("mikv(budget=24)", {"split", "merge", "encode"}), ("snapkv(budget=60, window=8, interval=4)", {"split"}),
+         ("mikv(budget=24, interval=8)", {"split", "merge", "encode"}), ("snapkv(budget=60, window=8, interval=4)", {"split"}),
          ("snapkv(budget=60, window=8) | kivi(bits=2, residual=32)", {"split", "merge", "encode"})],
     )  # fmt: skip
     def test_a_step_reads_nothing_back(self, recipe: str, asked: set[str], launches: Counter[str]) -> None:
