@@ -14,6 +14,7 @@ from kvloom.core.codec import Plane
 from kvloom.core.group import Table
 from kvloom.core.segment import Segment
 from kvloom.core.step import Step
+from kvloom.errors import RecipeError, unknown
 
 __all__ = ["Accumulated", "Distinct", "Expected", "LastToken", "Window"]
 
@@ -31,6 +32,14 @@ class Window:
     kernel: int
     pool: Literal["max", "avg"]
     columns = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.queries, int) or self.queries < 1:
+            raise RecipeError(f"window={self.queries!r} must be a number of tokens, at least 1.")
+        if not isinstance(self.kernel, int) or self.kernel < 1 or self.kernel % 2 == 0:
+            raise RecipeError(f"kernel={self.kernel!r} must be odd and positive, such as 5 or 7.")
+        if self.pool not in ("max", "avg"):
+            raise RecipeError("pool: " + unknown("value", str(self.pool), ("max", "avg")))
 
     def __call__(self, step: Step, table: Table) -> Tensor:
         mass = step.window(table, self.queries)

@@ -3,11 +3,12 @@
 from typing import Literal
 
 from kvloom.core.card import Card
-from kvloom.core.recipe import Policy, Recipe
+from kvloom.core.recipe import Recipe
 from kvloom.core.registry import recipe
-from kvloom.errors import RecipeError, unknown
+from kvloom.errors import RecipeError
 from kvloom.policies.allotments import Adaptive
 from kvloom.policies.budgets import Tokens
+from kvloom.policies.phases import phases
 from kvloom.policies.placements import Keep
 from kvloom.policies.scorers import Window
 
@@ -51,18 +52,6 @@ def adakv(
     """
     if isinstance(floor, bool) or not isinstance(floor, int | float) or not 0 <= floor <= 1:
         raise RecipeError(f"floor={floor!r} must be a share of the budget, 0.0 to 1.0.")
-    if not isinstance(window, int) or window < 1:
-        raise RecipeError(f"window={window!r} must be a number of tokens, at least 1.")
-    if not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0:
-        raise RecipeError(f"kernel={kernel!r} must be odd and positive, such as 5 or 7.")
-    if pool not in ("max", "avg"):
-        raise RecipeError("pool: " + unknown("value", str(pool), ("max", "avg")))
-    if interval is not None and (not isinstance(interval, int) or interval < 1):
-        raise RecipeError(f"interval={interval!r} must be a number of tokens, at least 1, or None.")
-
-    size, place, score = Tokens(budget, least=window, uneven=True), Keep(newest=window), Window(window, kernel, pool)
-    allot = Adaptive(floor, window)
-    policy = {"prompt": Policy(size, place, score, allot=allot)}
-    if interval is not None:
-        policy["decode"] = Policy(size, place, score, every=interval, allot=allot)
-    return Recipe("adakv", policy)
+    score = Window(window, kernel, pool)
+    size = Tokens(budget, least=window, uneven=True)
+    return Recipe("adakv", phases(size, Keep(newest=window), score, interval, Adaptive(floor, window)))

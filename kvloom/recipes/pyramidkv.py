@@ -3,10 +3,11 @@
 from typing import Literal
 
 from kvloom.core.card import Card
-from kvloom.core.recipe import Policy, Recipe
+from kvloom.core.recipe import Recipe
 from kvloom.core.registry import recipe
-from kvloom.errors import RecipeError, unknown
+from kvloom.errors import RecipeError
 from kvloom.policies.budgets import Pyramid
+from kvloom.policies.phases import phases
 from kvloom.policies.placements import Keep
 from kvloom.policies.scorers import Window
 
@@ -48,19 +49,8 @@ def pyramidkv(
         beta: the last layer keeps one beta-th of the mean, besides the window; 1: all layers alike.
         interval: while decoding, settle again when this many slots are over budget; None: never.
     """
-    if not isinstance(window, int) or window < 1:
-        raise RecipeError(f"window={window!r} must be a number of tokens, at least 1.")
-    if not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0:
-        raise RecipeError(f"kernel={kernel!r} must be odd and positive, such as 5 or 7.")
-    if pool not in ("max", "avg"):
-        raise RecipeError("pool: " + unknown("value", str(pool), ("max", "avg")))
+    score = Window(window, kernel, pool)
     if not isinstance(beta, int) or beta < 1:
         raise RecipeError(f"beta={beta!r} must be a whole number, at least 1.")
-    if interval is not None and (not isinstance(interval, int) or interval < 1):
-        raise RecipeError(f"interval={interval!r} must be a number of tokens, at least 1, or None.")
     size = Pyramid(budget, least=window, window=window, beta=beta)
-    place, score = Keep(newest=window), Window(window, kernel, pool)
-    policy = {"prompt": Policy(size, place, score)}
-    if interval is not None:
-        policy["decode"] = Policy(size, place, score, every=interval)
-    return Recipe("pyramidkv", policy)
+    return Recipe("pyramidkv", phases(size, Keep(newest=window), score, interval))

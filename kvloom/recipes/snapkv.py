@@ -3,10 +3,10 @@
 from typing import Literal
 
 from kvloom.core.card import Card
-from kvloom.core.recipe import Policy, Recipe
+from kvloom.core.recipe import Recipe
 from kvloom.core.registry import recipe
-from kvloom.errors import RecipeError, unknown
 from kvloom.policies.budgets import Tokens
+from kvloom.policies.phases import phases
 from kvloom.policies.placements import Keep
 from kvloom.policies.scorers import Window
 
@@ -47,16 +47,5 @@ def snapkv(
         pool: "max" or "avg".
         interval: while decoding, settle again when this many slots are over budget; None: never.
     """
-    if not isinstance(window, int) or window < 1:
-        raise RecipeError(f"window={window!r} must be a number of tokens, at least 1.")
-    if not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0:
-        raise RecipeError(f"kernel={kernel!r} must be odd and positive, such as 5 or 7.")
-    if pool not in ("max", "avg"):
-        raise RecipeError("pool: " + unknown("value", str(pool), ("max", "avg")))
-    if interval is not None and (not isinstance(interval, int) or interval < 1):
-        raise RecipeError(f"interval={interval!r} must be a number of tokens, at least 1, or None.")
-    size, place, score = Tokens(budget, least=window), Keep(newest=window), Window(window, kernel, pool)
-    policy = {"prompt": Policy(size, place, score)}
-    if interval is not None:
-        policy["decode"] = Policy(size, place, score, every=interval)
-    return Recipe("snapkv", policy)
+    score = Window(window, kernel, pool)
+    return Recipe("snapkv", phases(Tokens(budget, least=window), Keep(newest=window), score, interval))
