@@ -15,8 +15,9 @@ from torch import Tensor
 
 from kvloom.core.group import Group
 from kvloom.core.kind import Merge
+from kvloom.core.plane import SMALL
 from kvloom.core.rope import Rope
-from kvloom.core.segment import SMALL, Segment
+from kvloom.core.segment import Segment
 from kvloom.kernels import native, reference
 from kvloom.kernels.dispatch import Job, kernels_for
 

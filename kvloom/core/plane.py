@@ -1,0 +1,152 @@
+"""One plane of a segment, its keys or its values: a list of runs, the frozen ones first, the exact tail last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvloom.core.codec import Codec, Const
+from kvloom.core.codec import Plane as Which
+from kvloom.core.kind import EXACT, Kind
+from kvloom.core.run import Run, gather
+
+__all__ = ["SMALL", "Plane"]
+
+SMALL = 256  # a sealed run below this many slots is copied when it grows again; a longer one is left shared
+
+
+class Plane:
+    """The runs of keys or of values."""
+
+    def __init__(self, kind: Kind, which: Which) -> None:
+        self.which, key = which, which == "key"
+        self.codec, self.rule = (kind.key, kind.key_tail) if key else (kind.value, kind.value_tail)
+        self.const: Const = kind.key_const if key else kind.value_const
+        self.tap = kind.tap if key else None
+        self.fitted = False
+        self.runs: list[Run] = []
+
+    @property
+    def n(self) -> int:
+        return sum(run.n for run in self.runs)
+
+    @property
+    def frozen(self) -> int:
+        return sum(run.n for run in self.runs if not run.codec.exact)
+
+    def dense(self, start: int, stop: int) -> Tensor:
+        """The slots [start, stop), decoded; a view where they lie in one exact run."""
+        if len(self.runs) == 1 and self.runs[0].codec.exact:
+            return self.runs[0].fields["x"].rows(start, stop)
+        parts, at = [], 0
+        for run in self.runs:
+            a, b = max(start - at, 0), min(stop - at, run.n)
+            if a < b:
+                unit = run.codec.unit
+                x = run.read(a // unit * unit, -(-b // unit) * unit)
+                parts.append(x[:, a % unit : a % unit + b - a])
+            at += run.n
+        return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[-1].dtype) for part in parts], 1)
+
+    @property
+    def unfit(self) -> bool:
+        """Whether the codec still has to take constants from the rows at hand."""
+        return self.codec.fits and not self.fitted
+
+    def append(self, codec: Codec, x: Tensor, at: int | Tensor = 0) -> None:
+        """Encodes x [h, m, D] and puts it behind the last run of that codec. `at`: places in the text, for a tap."""
+        if codec is EXACT and self.runs and self.runs[-1].codec is EXACT and not self.runs[-1].sealed:
+            self.runs[-1].fields["x"].append(x)
+            return
+        tap = None if codec.exact else self.tap
+        if tap is not None:
+            where = at if isinstance(at, Tensor) else torch.arange(at, at + x.shape[1], device=x.device)[None]
+            x = tap.off(x, where)
+        block = codec.encode(x, self.const)
+        last = next((i for i in reversed(range(len(self.runs))) if self.runs[i].codec is codec), None)
+        if last is not None and not self.runs[last].grows:
+            last = None
+        if last is not None and self.runs[last].sealed and self.runs[last].n < SMALL:
+            self.runs[last] = self.runs[
+                last
+            ].copy()  # a short run that a fork shares: cheaper to copy than to attend apart
+        if last is not None and not self.runs[last].sealed:
+            self.runs[last].append(block, at)
+        else:
+            fresh = Run(codec, block, {} if codec.exact else self.const, tap, at)
+            self.runs.insert(len(self.runs) if codec is EXACT else self._frozen_runs(), fresh)
+
+    def _frozen_runs(self) -> int:
+        return sum(not run.codec.exact for run in self.runs)
+
+    def settle(self, index: Callable[[int, int], int | Tensor]) -> None:
+        """Freezes what is due. Nothing is ever encoded twice. `index` gives the places in the text of slots [a, b)."""
+        if self.codec.exact:
+            return
+        tail = [run for run in self.runs if run.codec.exact]
+        due = self.rule.due(sum(run.n for run in tail))
+        if not due:
+            return
+        if len(tail) > 1 or tail[0].sealed:
+            exact = torch.cat([run.decode() for run in tail], 1)
+            self.runs = [run for run in self.runs if not run.codec.exact]
+            self.append(EXACT, exact)
+            tail = self.runs[-1:]
+        done = self.frozen
+        at = 0 if self.tap is None else index(done, done + due)
+        self.append(self.codec.sized(due), tail[0].decode()[:, :due], at)
+        if due == tail[0].n:
+            self.runs.remove(tail[0])
+        else:
+            tail[0].fields["x"].drop_front(due)
+
+    def take(self, slots: Tensor) -> None:
+        """Keeps the slots [h, r], ascending and, in frozen runs, in whole units; heads keep equally many per run."""
+        if len(self.runs) == 1:  # nothing to count, so no wait for a GPU
+            self.runs = [self.runs[0].take(slots)]
+            return
+        kept, start = [], 0
+        for run in self.runs:
+            here = (slots >= start) & (slots < start + run.n)
+            count = int(here[0].sum())
+            if count == run.n:
+                kept.append(run)
+            elif count:
+                kept.append(run.take(slots[here].unflatten(0, (len(slots), count)) - start))
+            start += run.n
+        self.runs = kept
+
+    def rows(self, slots: Tensor) -> Tensor:
+        """The slots [h, r], decoded: [h, r, D]."""
+        if len(self.runs) == 1 and self.runs[0].codec.exact:
+            return gather(self.runs[0].decode(), slots)
+        parts, start = [], 0
+        for run in self.runs:
+            here = (slots >= start) & (slots < start + run.n)
+            if run.codec.exact:
+                x = gather(run.decode(), (slots - start).clamp(0, run.n - 1))
+            else:  # decode only the units that are asked for
+                unit = run.codec.unit
+                span = ((slots - start).clamp(0, run.n - 1) // unit)[..., None] * unit
+                whole = (span + torch.arange(unit, device=slots.device)).flatten(1)
+                x = run.take(whole).decode().unflatten(1, (-1, unit))
+                offset = (slots - start).clamp(0, run.n - 1) % unit
+                x = x.gather(2, offset[..., None, None].expand(-1, -1, 1, x.shape[-1]))[:, :, 0]
+            parts.append((here, x))
+            start += run.n
+        out = parts[0][1]
+        for here, x in parts[1:]:
+            out = torch.where(here[..., None], x, out)
+        return out
+
+    def own(self) -> None:
+        """Copies exact slots that a fork shares into a run of one's own, once, so that what leaves costs no copy each time."""
+        if self.codec.exact and self.runs and not self.writable:
+            self.runs = [Run(EXACT, {"x": self.dense(0, self.n)}, {})]
+
+    @property
+    def writable(self) -> bool:
+        """Whether slots may change places: what is encoded later must stay in order."""
+        return self.codec.exact and len(self.runs) == 1 and not self.runs[0].sealed
