@@ -18,6 +18,7 @@ from kvloom import KVCache
 from kvloom.errors import ModelError
 from kvloom.lab.chat import encode, first_turn, next_turn, stops_of
 from kvloom.lab.clock import Clock
+from kvloom.lab.outliers import SUFFIX, plant
 from kvloom.lab.session import Session
 
 __all__ = ["NANO", "Answer", "Measured", "Question", "Task", "compare", "load_model", "run_recipe"]
@@ -85,10 +86,12 @@ class Measured:
 def load_model(name: str) -> tuple[PreTrainedModel, Any]:
     """Model (evaluation mode) and tokenizer of a local folder, a hub id, or "nano", the bundled model in fp32.
 
+    Behind any of them "+outliers" plants channels that stand out in keys and values; the outputs stay the same.
     Raises ModelError with the reason if it cannot be loaded.
     """
-    path = str(NANO) if name == "nano" else name
-    dtype: Any = torch.float32 if name == "nano" else "auto"
+    source = name.removesuffix(SUFFIX)
+    path = str(NANO) if source == "nano" else source
+    dtype: Any = torch.float32 if source == "nano" else "auto"
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
@@ -99,6 +102,9 @@ def load_model(name: str) -> tuple[PreTrainedModel, Any]:
         ) from error
     if torch.cuda.is_available():
         model = model.to("cuda")
+    if name.endswith(SUFFIX):
+        plant(model)
+        model.config._name_or_path = name
     return model.eval(), tokenizer
 
 
