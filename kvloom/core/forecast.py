@@ -192,6 +192,7 @@ def _count(layer: Layer, site: Site, seen: dict[int, Tensor]) -> Held:
     for group in layer.groups:
         heads = site.kv_heads if group.heads is None else len(group.heads)
         parts["columns"] += 0 if group.heads is None else group.heads.nbytes
+        parts["state"] += sum(x.nbytes for x in group.state.values())
         for name, segment in group.segments.items():
             for plane, dim in ((segment.key, site.key_dim), (segment.value, site.value_dim)):
                 for run in plane.runs:

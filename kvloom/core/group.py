@@ -20,10 +20,14 @@ __all__ = ["Group", "Table"]
 
 
 class Group:
-    """Some KV heads of a layer and their segments, by class name. `heads` is None while the group holds all of them."""
+    """Some KV heads of a layer and their segments, by class name. `heads` is None while the group holds all of them.
+
+    `state`: what policies remember besides columns, [h, ...] fp32 by name; replaced, never written to, so forks share it.
+    """
 
     def __init__(self, kinds: dict[str, Kind], heads: Tensor | None = None) -> None:
         self.heads = heads
+        self.state: dict[str, Tensor] = {}
         self.segments = {name: Segment(kind) for name, kind in kinds.items()}
 
     def __iter__(self) -> Iterator[Segment]:
@@ -54,6 +58,7 @@ class Group:
         for at in which:
             twin = Group({name: segment.kind for name, segment in self.segments.items()})
             twin.heads = at if self.heads is None else self.heads[at]
+            twin.state = {name: x[at] for name, x in self.state.items()}
             for name, segment in self.segments.items():
                 twin.segments[name] = segment.of_heads(at)
             groups.append(twin)
@@ -62,6 +67,7 @@ class Group:
     def fork(self) -> Group:
         """A group that shares this one's bytes until one of the two writes."""
         twin = Group({}, self.heads)
+        twin.state = dict(self.state)
         twin.segments = {name: segment.fork() for name, segment in self.segments.items()}
         return twin
 

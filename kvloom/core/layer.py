@@ -294,6 +294,8 @@ class Layer:
         for group in self.groups:
             if group.heads is not None:
                 yield "heads", "", "index", group.heads, group.heads.nbytes
+            for name, x in group.state.items():
+                yield "", "state", name, x, x.nbytes
             for name, segment in group.segments.items():
                 for which, plane in (("key", segment.key), ("value", segment.value)):
                     for run in plane.runs:

@@ -143,8 +143,13 @@ class Plane:
 
     def own(self) -> None:
         """Copies exact slots that a fork shares into a run of one's own, once, so that what leaves costs no copy each time."""
-        if self.codec.exact and self.runs and not self.writable:
+        if self.runs and not self.frozen and (len(self.runs) > 1 or self.runs[0].sealed):
             self.runs = [Run(EXACT, {"x": self.dense(0, self.n)}, {})]
+
+    def write(self, slots: Tensor, x: Tensor) -> None:
+        """Puts x [h, r, D] in the place of the slots [h, r] of an exact run of one's own."""
+        held = self.runs[0].fields["x"].view
+        held.scatter_(1, slots[..., None].expand_as(x), x.to(held.dtype))
 
     @property
     def writable(self) -> bool:

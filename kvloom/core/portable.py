@@ -98,7 +98,8 @@ def dump(cache: KVCache) -> State:
                 name: _dump_segment(segment, at, f"{g}.{c}", tensors)
                 for c, (name, segment) in enumerate(group.segments.items())
             }
-            groups.append({"heads": group.heads is not None, "classes": classes})
+            tensors |= {Part(at, "state", f"{g}.{name}"): x for name, x in group.state.items()}
+            groups.append({"heads": group.heads is not None, "classes": classes, "state": sorted(group.state)})
         if row.layer.recent is not None:
             tensors[Part(at, "state", "queries")] = row.layer.recent.view
         *shape, dtype = shape_of(layer.site)
@@ -240,6 +241,12 @@ def _groups(inner: Layer, found: Any, take: _Taker) -> Iterator[Any]:
             group = blank.fork()
             covered += range(heads)
         h = heads if group.heads is None else len(group.heads)
+        for name in facts["state"]:
+            part = Part(inner.site.layer, "state", f"{g}.{name}")
+            x = take.tensors.get(part)
+            checked("what policies remember", x is not None and x.dim() >= 1 and x.shape[0] == h, part)
+            assert x is not None
+            group.state[str(name)] = take("state", part.field, tuple(x.shape), torch.float32).clone()
         checked("it has other classes", list(facts["classes"]) == list(group.segments), list(facts["classes"]))
         for c, (name, segment) in enumerate(group.segments.items()):
             _fill(segment, facts["classes"][name], h, f"{g}.{c}", inner, take)

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kvloom.core.group import Table
+    from kvloom.core.rows import Rows
     from kvloom.core.site import Site
     from kvloom.core.step import Step
 
-__all__ = ["DROP", "Allotment", "Away", "Budget", "Phase", "Placement", "Policy", "Recipe", "Scorer"]
+__all__ = ["DROP", "Allotment", "Away", "Budget", "Merger", "Phase", "Placement", "Policy", "Recipe", "Scorer"]
 
 Phase = Literal["prompt", "decode"]
 DROP = -1
@@ -53,11 +54,13 @@ class Budget(Protocol):
 class Away:
     """What leaves a table of one class with one run of keys and one of values: slots [h, r], ascending; `to`: as in routes.
 
-    Every head gives up equally many, so nothing is counted on the device, and the host does not wait for it.
+    Every head gives up equally many, so nothing is counted on the device, and the host does not wait for it. `into` [h, r]:
+    the slot of the table that absorbs each, one that stays; -1 where none does. The policy's merger does it.
     """
 
     slots: Tensor
     to: int
+    into: Tensor | None = None
 
 
 class Placement(Protocol):
@@ -82,6 +85,19 @@ class Placement(Protocol):
     def __call__(self, step: Step, table: Table, scores: Tensor | None, budget: int) -> Tensor | Away | int: ...
 
 
+class Merger(Protocol):
+    """Slots that absorb others, the others, and which of the first each goes into (long [h, r], -1: none) -> the first, changed.
+
+    Columns too. Slots that absorb nothing must come back as they were: some are there to make heads even. `columns`: how many
+    4-byte columns it adds to every slot of the class.
+    """
+
+    @property
+    def columns(self) -> int: ...
+
+    def __call__(self, kept: Rows, gone: Rows, into: Tensor) -> Rows: ...
+
+
 class Allotment(Protocol):
     """How many slots each head may keep, where a layer's heads share one budget of `budget` slots each on average.
 
@@ -97,6 +113,7 @@ class Policy:
 
     `every`: wait until that many are over budget. `sorts`: also, whatever the budget, after a forward that
     begins at a place in the text before that many. `allot`: divides the layer's budget among its heads by their scores.
+    `merge`: what becomes of slots that absorb others; its classes must be exact.
     """
 
     budget: Budget
@@ -106,6 +123,7 @@ class Policy:
     every: int = 1
     sorts: int = 0
     allot: Allotment | None = None
+    merge: Merger | None = None
 
 
 def _main() -> dict[str, Kind]:
@@ -203,8 +221,10 @@ class Recipe:
         """How many 4-byte columns each slot of the class carries once slots have left."""
         if not self.policy:
             return 0
-        kept = max((getattr(p.score, "columns", 0) for p in self.policy.values() if name in p.over), default=0)
-        return 1 + kept + self.kinds[name].fold
+        here = [p for p in self.policy.values() if name in p.over]
+        kept = max((getattr(p.score, "columns", 0) for p in here), default=0)
+        counts = max((p.merge.columns for p in here if p.merge is not None), default=0)
+        return 1 + kept + counts + self.kinds[name].fold
 
 
 def compose(a: Recipe, b: Recipe) -> Recipe:
@@ -227,6 +247,12 @@ def compose(a: Recipe, b: Recipe) -> Recipe:
             raise RecipeError(
                 f"{name}: {placed.name} drops tokens per {policy.place.scope}, but {stored.name} encodes a whole "
                 f"{wide} together. Use a codec that encodes per {policy.place.scope}, or a placement for whole {wide}s."
+            )
+        if policy.merge is not None and phase == "decode" and not main.exact:
+            raise RecipeError(
+                f"{name}: {placed.name} merges slots into others while decoding, but {stored.name} has encoded those by "
+                f"then, and nothing is encoded twice. Let {placed.name} merge prompts only, if it can (interval=None), or use "
+                "it alone."
             )
         coded = [to for to in policy.place.moves if not kinds[to].exact]
         if coded and not main.exact:

@@ -14,6 +14,7 @@ from kvloom.core.kind import EXACT, Kind, Tail
 from kvloom.core.plane import Plane
 from kvloom.core.rows import Rows
 from kvloom.core.run import Buffer, gather
+from kvloom.errors import CacheError
 
 __all__ = ["EXACT", "Kind", "Segment", "Tail"]
 
@@ -116,6 +117,27 @@ class Segment:
         index = self.index
         cols = {c: gather(b.view, slots) for c, b in self.cols.items() if c != "index"}
         return Rows(self.key.rows(slots), self.value.rows(slots), gather(index, slots), cols)
+
+    def write(self, slots: Tensor, rows: Rows) -> None:
+        """Puts rows in the place of the slots [h, r] of an exact segment; columns that they lack stay as they are.
+
+        Raises CacheError if some slots are encoded: nothing is encoded twice.
+        """
+        if self.frozen:
+            raise CacheError(
+                f"slots would be merged into {self.frozen} that are encoded already, and nothing is encoded twice. With a codec, "
+                "feed the prompt in one forward and one turn, or use the merging recipe alone."
+            )
+        self.own()
+        self.key.write(slots, rows.k)
+        self.value.write(slots, rows.v)
+        for name, x in rows.cols.items():
+            if name not in self.cols:
+                self._column(name, x.new_zeros((len(x), self.n)))
+            held = self.cols[name]
+            if held.data.shape[0] < len(slots):
+                held = self.cols[name] = Buffer(held.view.expand(len(slots), -1))
+            held.view.scatter_(1, slots, x.to(held.data.dtype))
 
     def keep(self, slots: Tensor) -> None:
         """Drops all but the slots [h, r] (ascending; whole units where frozen) and frees their bytes."""

@@ -6,10 +6,11 @@ import math
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvloom.core.group import Group, Table
-from kvloom.core.recipe import DROP, Away, Policy
+from kvloom.core.recipe import DROP, Away, Merger, Policy
 from kvloom.core.segment import Segment
 from kvloom.core.step import Step
 
@@ -68,6 +69,8 @@ def _apply(step: Step, table: Table, scores: Tensor | None, budget: int, policy:
     if isinstance(route, Away):
         _, segment = table.parts[0]
         slots = route.slots.expand(step.heads, -1)
+        if route.into is not None and policy.merge is not None:
+            _merge(segment, slots, route.into, policy.merge)
         if route.to != DROP:
             _move(step, table, segment, slots, route.to)
         segment.drop(slots)
@@ -75,6 +78,17 @@ def _apply(step: Step, table: Table, scores: Tensor | None, budget: int, policy:
     if route.shape[0] != step.heads:
         route = route.expand(step.heads, -1)
     return _route(step, table, route)
+
+
+def _merge(segment: Segment, gone: Tensor, into: Tensor, merge: Merger) -> None:
+    """The slots `gone` [h, r] are merged into the slots `into` [h, r], which stay; -1: into none."""
+    r = gone.shape[1]
+    ranked, order = into.sort(-1)
+    rank = (ranked != F.pad(ranked[:, :-1], (1, 0), value=-1)).cumsum(-1) - 1  # which of the distinct ones; -1 for none
+    # Heads have unequally many that absorb: the rest of the rectangle are slots that leave, which nothing reads again.
+    at = F.pad(gone, (0, 1)).scatter_(1, rank.masked_fill(rank < 0, r), ranked)[:, : min(r, segment.n - r)]
+    kept = segment.read(at)
+    segment.write(at, merge(kept, segment.read(gone), torch.empty_like(rank).scatter_(1, order, rank)))
 
 
 def _held(step: Step, policy: Policy) -> int:
