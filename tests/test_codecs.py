@@ -17,6 +17,7 @@ from kvloom.segments.levels import Levels
 from kvloom.segments.lowrank import LowRank
 from kvloom.segments.minmax import MinMax
 from kvloom.segments.outliers import ChannelOutliers, RangeOutliers, TokenOutliers
+from kvloom.segments.prune import Prune
 from kvloom.segments.rotate import Rotate
 from kvloom.segments.sphere import SignResidual, Sphere
 
@@ -56,7 +57,10 @@ def codecs() -> st.SearchStrategy[Codec]:
     )
     low = st.builds(LowRank, st.one_of(tokens, channels, sparse), st.sampled_from([1, 4]), chunks)
     turned = st.builds(Rotate, st.one_of(spheres, st.builds(SignResidual, spheres), channels))
-    return st.one_of(tokens, channels, st.builds(Balance, channels), st.builds(Exact), sparse, low, turned, levels)
+    pruned = st.builds(Prune, st.one_of(st.builds(Exact), tokens), st.sampled_from([0.0, 0.4]))
+    return st.one_of(
+        tokens, channels, st.builds(Balance, channels), st.builds(Exact), sparse, low, turned, levels, pruned
+    )
 
 
 def draw_block(
@@ -65,7 +69,10 @@ def draw_block(
     generator = torch.Generator().manual_seed(seed)
     x = (torch.randn(h, units * codec.unit, dim, generator=generator) * size + size).to(dtype)
     site = Site(0, 1, h, h, dim, dim, dtype, lambda: None)
-    const = {"balance": torch.rand(h, dim, generator=generator) + 0.5} if codec.fits else codec.const(site, "key")
+    const = codec.const(site, "key")
+    if codec.fits:
+        order = torch.stack([torch.randperm(dim, generator=generator) for _ in range(h)])
+        const = {"balance": torch.rand(h, dim, generator=generator) + 0.5, "order": order.to(torch.int16)}
     return x, const, codec.encode(x, const)
 
 

@@ -22,6 +22,8 @@ RECIPES = (
     "turboquant(bits=4, keys='product', residual=12)",
     "kvquant(bits=2)",
     "kvquant(bits=4, outliers=0.1, spread='head')",
+    "think(recent=6)",
+    "think(recent=6) | kivi(bits=4, group=8, residual=16)",
 )
 PLACED = ("streamingllm(window=30)", "h2o(budget=40)", "snapkv(budget=40, window=8)")
 
@@ -118,7 +120,9 @@ def test_nothing_is_encoded_twice(recipe: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("placement", PLACED)
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if "layer" not in r and ("head" in r or "turbo" in r)])
+@pytest.mark.parametrize(
+    "recipe", [r for r in RECIPES if "layer" not in r and ("head" in r or "turbo" in r or "think" in r)]
+)
 def test_with_placements(recipe: str, placement: str) -> None:
     """No slot is lost or doubled over 42 steps and a second turn; logits stay finite."""
     model, ids = subject("llama"), prompt(122)

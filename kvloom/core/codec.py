@@ -56,6 +56,7 @@ class Codec:
     tap: Tapped = "post-rope"
     exact: ClassVar[bool] = False
     fits: bool = False  # whether `fit` has constants to give
+    fits_kept: bool = False  # whether they are taken from the slots that a placement has kept, not from all
     unit: int = 1
     per: dict[str, int]
 
@@ -73,6 +74,10 @@ class Codec:
     def fit(self, step: Step, keys: Tensor) -> Const:
         """Constants of one sequence and layer, each [h, ...], computed once, before anything is encoded."""
         return {}
+
+    def around(self, inner: Codec) -> Codec | None:
+        """This codec with another one inside, where it has room for one: so two codecs compose."""
+        return None
 
     def forms(self) -> tuple[Codec, ...]:
         """All codecs that `sized` may give."""

@@ -112,7 +112,8 @@ class _Hollow(Codec):
     """Stands for a codec where slots have no numbers: its units, fields and constants are real, its rows are empty."""
 
     def __init__(self, inner: Codec, site: Site, which: Plane) -> None:
-        self.inner, self.unit, self.fits, self.tap = inner, inner.unit, inner.fits, inner.tap
+        self.inner, self.unit, self.tap = inner, inner.unit, inner.tap
+        self.fits, self.fits_kept = inner.fits, inner.fits_kept
         self.site, self.which, self.per = site, which, inner.per
         self.dim = site.key_dim if which == "key" else site.value_dim
         self.rows: dict[str, int] = {}  # bytes of one row of each field

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -237,7 +237,10 @@ class Layer:
         if any(each.n < n for n, found in zip(before, after, strict=True) for each in found):
             self.dropped_at = self.length
         self.groups = [each for found in after for each in found]
-        later = [replace(step, group=each) for step, found in zip(steps, after, strict=True) for each in found]
+        later = [settle.of_group(step, each) for step, found in zip(steps, after, strict=True) for each in found]
+        if self._fitting:
+            for step in later:
+                settle.fit(step, kept=True)
         self._calm = self.length + settle.slack(later, self.recipe.policy.get("decode"))
         self._freeze()
 

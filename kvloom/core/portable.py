@@ -264,7 +264,7 @@ def _fill(segment: Segment, facts: Any, h: int, prefix: str, inner: Layer, take:
         for name in own:
             part = Part(site.layer, which, f"{prefix}.const.{name}")
             x = take.tensors.get(part)
-            checked("constants", x is not None and x.dim() >= 1 and x.shape[0] == h and x.is_floating_point(), part)
+            checked("constants", x is not None and x.dim() >= 1 and x.shape[0] in (1, h), part)
             assert x is not None
             plane.const = {**plane.const, name: take(which, part.field, tuple(x.shape), x.dtype).clone()}
         plane.fitted = bool(facts[which]["fitted"])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
 
-from kvloom.core.codec import Scope
-from kvloom.core.segment import Kind
+from kvloom.core.codec import Codec, Scope
+from kvloom.core.kind import Kind, Tail
 from kvloom.core.tap import tap_of
 from kvloom.errors import RecipeError
 
@@ -227,6 +228,24 @@ class Recipe:
         return 1 + kept + counts + self.kinds[name].fold
 
 
+def stacked(a: Kind, b: Kind) -> Kind | None:
+    """One kind that stores as both do, where in each plane only one encodes, or one takes the other inside (left first)."""
+    planes: list[tuple[Codec, Tail]] = []
+    for (x, rule), (y, other) in (
+        ((a.key, a.key_tail), (b.key, b.key_tail)),
+        ((a.value, a.value_tail), (b.value, b.value_tail)),
+    ):
+        if x.exact or y.exact:
+            planes.append((y, other) if x.exact else (x, rule))
+            continue
+        codec = x.around(y) or y.around(x)
+        if codec is None:
+            return None
+        planes.append((codec, Tail(lcm(rule.every, other.every), max(rule.keep, other.keep))))
+    (key, key_tail), (value, value_tail) = planes
+    return replace(a, key=key, value=value, key_tail=key_tail, value_tail=value_tail)
+
+
 def compose(a: Recipe, b: Recipe) -> Recipe:
     """`a | b`: what one leaves open, the other fills. Raises RecipeError where both claim the same thing."""
     name = f"{a.name} | {b.name}"
@@ -237,9 +256,10 @@ def compose(a: Recipe, b: Recipe) -> Recipe:
         )
     placed, stored = (b, a) if b.policy or (not a.policy and len(b.kinds) > 1) else (a, b)
     mine, its = placed.kinds["main"], stored.kinds["main"]
-    if not mine.exact and not its.exact:
+    both = stacked(a.kinds["main"], b.kinds["main"])
+    if both is None:
         raise RecipeError(f"{name}: both {a.name} and {b.name} decide how kept tokens are stored. Keep one of them.")
-    main = mine if its.exact else replace(its, turn=mine.turn)
+    main = mine if its.exact else replace(its, turn=mine.turn) if mine.exact else replace(both, turn=mine.turn)
     kinds = {**stored.kinds, **placed.kinds, "main": main}
     for phase, policy in placed.policy.items():
         wide = max((main.key.scope, main.value.scope), key=SCOPES.index)

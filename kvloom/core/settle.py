@@ -14,7 +14,7 @@ from kvloom.core.recipe import DROP, Away, Merger, Policy
 from kvloom.core.segment import Segment
 from kvloom.core.step import Step
 
-__all__ = ["fit", "freeze", "place", "slack"]
+__all__ = ["fit", "freeze", "of_group", "place", "slack"]
 
 
 def place(steps: list[Step], policy: Policy) -> list[list[Group]]:
@@ -175,11 +175,23 @@ def _borders(segment: Segment) -> list[int]:
     return sorted(ends)
 
 
-def fit(step: Step) -> None:
-    """Gives codecs the constants that they take from the first rows, before anything is dropped or encoded."""
+def of_group(step: Step, group: Group) -> Step:
+    """The step of one of the groups that its group became."""
+    if step.group.heads_of(step.site) == group.heads_of(step.site):
+        return replace(step, group=group)
+    assert group.heads is not None
+    held = step.group.heads
+    return step.of_heads(group.heads if held is None else torch.searchsorted(held, group.heads), group)
+
+
+def fit(step: Step, kept: bool = False) -> None:
+    """Gives codecs the constants that they take from the first rows, before anything is encoded.
+
+    Before anything is dropped, too, or, those that ask for it, after.
+    """
     for segment in step.group.segments.values():
         for plane in (segment.key, segment.value):
-            if plane.unfit:
+            if plane.unfit and plane.codec.fits_kept == kept:
                 plane.const = {**plane.const, **plane.codec.fit(step, _keys(step.group.segments["main"]))}
                 plane.fitted = True
 

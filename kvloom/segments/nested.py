@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from kvloom.core.codec import Block, Codec, Const, Plane
 from kvloom.core.site import Site
 from kvloom.core.step import Step
 
-__all__ = ["Nested"]
+__all__ = ["Nested", "chain"]
+
+
+def chain(codec: Codec | None) -> Iterator[Codec]:
+    """A codec, the one inside it, and so on."""
+    while codec is not None:
+        yield codec
+        codec = getattr(codec, "inner", None)
 
 
 class Nested(Codec):
@@ -16,7 +25,8 @@ class Nested(Codec):
 
     def __init__(self, inner: Codec, **own: int) -> None:
         self.inner, self.own = inner, own
-        self.unit, self.scope, self.tap, self.fits = inner.unit, inner.scope, inner.tap, inner.fits
+        self.unit, self.scope, self.tap = inner.unit, inner.scope, inner.tap
+        self.fits, self.fits_kept = inner.fits, inner.fits_kept
         self.per = {**inner.per, **own}
 
     def check(self, site: Site, plane: Plane) -> None:
