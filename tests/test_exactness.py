@@ -34,6 +34,8 @@ LOSSLESS: dict[str, str] = {
     "keydiff": "keydiff(budget=1000000)",
     "pyramidkv": "pyramidkv(budget=1000000)",
     "adakv": "adakv(budget=1000000)",
+    "scissorhands": "scissorhands(budget=1000000)",
+    "keyformer": "keyformer(budget=1000000)",
     "expected-attention": "expected-attention(budget=1000000)",
     "kivi": "kivi(group=8, residual=2048)",
     "snapkv-kivi": "snapkv(budget=1000000) | kivi(group=8, residual=2048)",

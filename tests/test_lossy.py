@@ -34,6 +34,8 @@ LOSSY: dict[str, str] = {
     "tova": "tova(budget=24)",
     "pyramidkv": "pyramidkv(budget=24, window=8, interval=3)",
     "adakv": "adakv(budget=24, window=8, interval=3)",
+    "scissorhands": "scissorhands(budget=24, window=8, recent=4)",
+    "keyformer": "keyformer(budget=0.4, tokens=10)",
     "expected-attention": "expected-attention(budget=24, window=8, interval=3)",
     "kivi": "kivi(bits=2, group=8, residual=16)",
     "snapkv-kivi": "snapkv(budget=24, window=8) | kivi(bits=4, group=8, residual=16)",

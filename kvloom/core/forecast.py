@@ -8,7 +8,7 @@ slots a placement keeps must not hang on what they hold; where it does, the fore
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -151,6 +151,9 @@ class _Step(Step):
 
     def mass(self, table: Table) -> Tensor:
         return torch.rand(self.heads, 1, table.n)
+
+    def rows(self, table: Table, newest: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        yield torch.tensor([self.length - 1]), torch.rand(self.heads, 1, 1, table.n)
 
     def window(self, table: Table, rows: int) -> Tensor:
         return torch.rand(self.heads, 1, table.n)

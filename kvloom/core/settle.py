@@ -25,6 +25,8 @@ def place(steps: list[Step], policy: Policy) -> list[list[Group]]:
     if budget is None or over <= (policy.every - 1) * steps[0].site.kv_heads:
         return [[step.group] for step in steps]
     assert policy.score is not None
+    for step in steps:
+        step.budget = budget
     tables = [Table(step.group, policy.over, step.q.device) for step in steps]
     scores = [policy.score(step, table) for step, table in zip(steps, tables, strict=True)]
     shares = policy.allot(steps, tables, scores, budget)
@@ -33,6 +35,7 @@ def place(steps: list[Step], policy: Policy) -> list[list[Group]]:
 
 def _place(step: Step, policy: Policy) -> list[Group]:
     n, budget = _held(step, policy), policy.budget(step)
+    step.budget = budget
     due = budget is not None and n > 0 and (n - budget >= policy.every or step.first < policy.sorts)
     # A score that adds up over all queries (queries < 0) is owed to every forward; others only when they decide something.
     if not due and (policy.score is None or policy.score.queries >= 0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from kvloom.kernels import reference
 __all__ = ["Step"]
 
 CHUNK = 1 << 20  # numbers of decoded keys at a time
+TILE = 1 << 19  # weights at a time, where a scorer looks at those of single rows
 
 
 @dataclass
@@ -26,7 +28,8 @@ class Step:
 
     q [h, g, m, D]; lse [h, g, m] of those rows over all that they saw; `first`: text index of row 0;
     `recent` [h, g, w, D]: the newest queries, older forwards included; `length`: tokens seen so far, these rows included;
-    `prompt`: how many of them were prompt; `seen`: [h, g, n] attention of a single new row, where it was emitted.
+    `prompt`: how many of them were prompt; `seen`: [h, g, n] attention of a single new row, where it was emitted;
+    `budget`: slots that each head may keep, by the policy's budget.
     """
 
     site: Site
@@ -41,6 +44,7 @@ class Step:
     logits: Logits
     recent: Tensor | None = None
     seen: dict[str, Tensor] | None = None
+    budget: int | None = None
 
     @property
     def heads(self) -> int:
@@ -57,7 +61,7 @@ class Step:
         recent = None if self.recent is None else self.recent[at]
         return type(self)(
             self.site, self.phase, group, self.classes, self.q[at], self.lse[at], self.first, self.length,
-            self.prompt, self.logits, recent, seen,
+            self.prompt, self.logits, recent, seen, self.budget,
         )  # fmt: skip
 
     def mass(self, table: Table) -> Tensor:
@@ -82,6 +86,32 @@ class Step:
         out = torch.cat(parts, -1).view(h, g, -1)
         logw = segment.column("logw")
         return out if logw is None else out * logw.exp()[:, None]
+
+    def rows(self, table: Table, newest: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Attention of each row of this forward, or of the newest: (place in the text [b], weights [h, g, b, n] fp32) in tiles.
+
+        Each row's weights over all slots sum to one, as in `mass`. Where the table is of class main alone, n ends with the
+        last slot that the tile sees; slots further on get nothing from it.
+        """
+        if self.seen is not None:
+            yield torch.tensor([self.length - 1], device=self.q.device), self.mass(table)[:, :, None]
+            return
+        m = self.q.shape[2]
+        first, main = m - min(m, newest or m), table.over == ("main",)
+        each = max(1, TILE // (self.lse[..., 0].numel() * table.n))
+        for start in range(first, m, each):
+            stop = min(start + each, m)
+            place = torch.arange(self.first + start, self.first + stop, device=self.q.device)
+            parts = []
+            for _, segment in table.parts:
+                width = segment.n - m + stop if main else segment.n
+                s = segment_logits(self.q[:, :, start:stop], self.group, segment, self.logits, width)
+                s = reference.exp_(s.sub_(self.lse[:, :, start:stop, None]))
+                late = width - stop + start if main else 0  # the slots before are older than every row
+                ahead = segment.index[:, None, None, late:width] > place[:, None]
+                s[..., late:].masked_fill_(ahead, 0.0)
+                parts.append(s)
+            yield place, parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def window(self, table: Table, rows: int) -> Tensor:
         """Attention of the newest `rows` queries over what is stored now, summed: [h, g, n] fp32."""

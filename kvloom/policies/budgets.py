@@ -14,7 +14,7 @@ from kvloom.core.site import Site
 from kvloom.core.step import Step
 from kvloom.errors import RecipeError
 
-__all__ = ["Pyramid", "Size", "Tokens", "fraction", "read_bytes"]
+__all__ = ["Burst", "Pyramid", "Size", "Tokens", "fraction", "read_bytes"]
 
 Size = int | float | str
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -98,6 +98,17 @@ class Tokens:
         if isinstance(self.size, float):
             return None if self.size == 1.0 else fraction(self.size, step.prompt)
         return int(self.size)
+
+
+@dataclass(frozen=True)
+class Burst(Tokens):
+    """`size` may be reached; what passes it leaves together with a share of `drop` of it (Scissorhands, arXiv 2305.17118)."""
+
+    drop: float = 0.5
+
+    def __call__(self, step: Step) -> int | None:
+        size = super().__call__(step)
+        return size if size is None or step.group.segments["main"].n <= size else size - int(size * self.drop)
 
 
 @dataclass(frozen=True)
