@@ -143,3 +143,17 @@ def test_options() -> None:
     for wrong in ("budget='1MiB'", "window=2", "window=1.5", "bits=7", "group=9", "interval=0"):
         with pytest.raises(RecipeError):
             parse(f"mikv({wrong})")
+
+
+@pytest.mark.parametrize("tokens", [1, 25])
+def test_a_crop_leaves_heads_with_unequal_classes(tokens: int) -> None:
+    """Heads demote different tokens, so after a crop they hold unequally many of a class; none is lost or doubled."""
+    model, ids = build("llama"), prompt(80)
+    cache = KVCache(model, "mikv(budget=0.3, window=0.0, bits=8)")
+    run_cache(model, cache, ids, [60, 1, 1])
+    cache.crop(-tokens)
+    left = 62 - tokens
+    assert all(head == list(range(left)) for layer in kept(cache) for head in layer)
+    got = run_cache(model, cache, ids, [1] * 18)
+    assert all(head == list(range(left + 18)) for layer in kept(cache) for head in layer)
+    assert bool(torch.isfinite(got).all())

@@ -71,8 +71,11 @@ class Codec:
         """The codec of n slots that are frozen at once: itself, unless that depends on how many they are."""
         return self
 
-    def fit(self, step: Step, keys: Tensor) -> Const:
-        """Constants of one sequence and layer, each [h, ...], computed once, before anything is encoded."""
+    def fit(self, step: Step, x: Tensor) -> Const:
+        """Constants of one sequence and layer, each [h, ...], computed once, before anything is encoded.
+
+        x [h, n, D] fp32: the keys or values of the first rows, whichever the plane holds.
+        """
         return {}
 
     def around(self, inner: Codec) -> Codec | None:

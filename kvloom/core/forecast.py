@@ -128,10 +128,10 @@ class _Hollow(Codec):
             return self
         return self.sizes.setdefault(id(found), _Hollow(found, self.site, self.which))
 
-    def fit(self, step: Step, keys: Tensor) -> Const:
-        dim = step.site.key_dim  # a few rows with numbers: constants have their size whatever these are
-        some = replace(step, q=torch.rand(*step.q.shape[:2], 2, dim))
-        return self.inner.fit(some, torch.rand(keys.shape[0], 2, dim))
+    def fit(self, step: Step, x: Tensor) -> Const:
+        # a few rows with numbers: constants have their size whatever these are
+        some = replace(step, q=torch.rand(*step.q.shape[:2], 2, step.site.key_dim))
+        return self.inner.fit(some, torch.rand(x.shape[0], 2, self.dim))
 
     def encode(self, x: Tensor, const: Const) -> Block:
         h, n, _ = x.shape

@@ -64,6 +64,21 @@ class Group:
             groups.append(twin)
         return groups
 
+    def truncate(self, length: int) -> list[Group]:
+        """Forgets the tokens from `length` on. Heads that are left with unequally many slots part."""
+        segments = list(self)
+        if not segments:
+            return [self]
+        h = segments[0].heads
+        marks = torch.cat([segment.marks(length).expand(h, -1) for segment in segments], 1)
+        found, which = torch.unique(marks, dim=0, return_inverse=True)
+        lists = [(which == i).nonzero()[:, 0] for i in range(len(found))]
+        groups = [self] if len(lists) == 1 else self.split(lists)
+        for group in groups:
+            for segment in list(group):
+                segment.truncate(length)
+        return groups
+
     def fork(self) -> Group:
         """A group that shares this one's bytes until one of the two writes."""
         twin = Group({}, self.heads)
@@ -131,11 +146,6 @@ class Table:
         """(start, stop, unit) of the stretches of the table whose slots are freed `unit` at a time, unit > 1."""
         out, start = [], 0
         for _, segment in self.parts:
-            frozen = max(
-                segment.key.frozen if segment.kind.key.unit > 1 else 0,
-                segment.value.frozen if segment.kind.value.unit > 1 else 0,
-            )
-            if frozen:
-                out.append((start, start + frozen, segment.kind.unit))
+            out += [(start + a, start + b, unit) for a, b, unit in segment.units()]
             start += segment.n
         return out

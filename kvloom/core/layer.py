@@ -273,9 +273,7 @@ class Layer:
                 )
             late = 0 if self._pending is None else self._pending.m  # tokens that `recent` does not know yet
             gone = self.length - length
-            for group in self.groups:
-                for segment in group:
-                    segment.truncate(length)
+            self.groups = [each for group in self.groups for each in group.truncate(length)]
             if self.recent is not None:
                 self.recent.cut(max(0, self.recent.n - max(0, gone - late)))
             self.length, self.prompt, self._calm = length, min(self.prompt, length), 0

@@ -36,6 +36,14 @@ class Plane:
     def frozen(self) -> int:
         return sum(run.n for run in self.runs if not run.codec.exact)
 
+    def stretches(self) -> list[tuple[int, int, int]]:
+        """(start, stop, unit) of every run."""
+        found, at = [], 0
+        for run in self.runs:
+            found.append((at, at + run.n, run.codec.unit))
+            at += run.n
+        return found
+
     def dense(self, start: int, stop: int) -> Tensor:
         """The slots [start, stop), decoded; a view where they lie in one exact run."""
         if len(self.runs) == 1 and self.runs[0].codec.exact:

@@ -211,23 +211,41 @@ class Segment:
         """Text index of the slots [start, stop): of the first where they are consecutive, else of each, [h or 1, n]."""
         return self.start + start if "index" not in self.cols else self.index[:, start:stop]
 
+    def units(self) -> list[tuple[int, int, int]]:
+        """(start, stop, unit) of the stretches of encoded slots that are freed `unit` at a time, unit > 1."""
+        keys, values = ([x for x in plane.stretches() if x[2] > 1] for plane in (self.key, self.value))
+        if not keys or not values:
+            return keys or values
+        if [x[:2] for x in keys] == [x[:2] for x in values]:
+            return [max(a, b) for a, b in zip(keys, values, strict=True)]
+        return [(0, max(keys[-1][1], values[-1][1]), self.kind.unit)]
+
+    def _staying(self, length: int) -> Tensor:
+        """Which slots are left of the first `length` tokens, [h or 1, n] bool: all of a unit that is cut in half."""
+        stay = self.index < length
+        for start, stop, unit in self.units():
+            part = stay[:, start:stop].unflatten(1, (-1, unit)).any(-1)
+            stay[:, start:stop] = part.repeat_interleave(unit, 1)
+        return stay
+
+    def marks(self, length: int) -> Tensor:
+        """How many slots of each stretch `truncate` would leave each head, [h or 1, stretches]."""
+        ends = sorted({stop for plane in (self.key, self.value) for _, stop, _ in plane.stretches()})
+        return self._staying(length).cumsum(-1)[:, [end - 1 for end in ends]]
+
     def truncate(self, length: int) -> None:
-        """Drops slots whose text index is `length` or more. A unit that is cut in half keeps its dead slots, hidden."""
-        index = self.index
-        stay = index < length
+        """Drops slots whose text index is `length` or more, equally many of each head's in each stretch.
+
+        A unit that is cut in half keeps its dead slots, hidden.
+        """
+        index, stay = self.index, self._staying(length)
+        dead = stay & (index >= length)
+        if bool(dead.any()):
+            logw = self.column("logw")
+            logw = torch.zeros(index.shape[0], self.n, device=index.device) if logw is None else logw
+            self.cols["logw"] = Buffer(logw.masked_fill(dead, -torch.inf))
         if bool(stay.all()):
             return
-        frozen = max(p.frozen if p.codec.unit > 1 else 0 for p in (self.key, self.value))
-        unit = self.kind.unit
-        if frozen and bool((~stay[:, :frozen]).any()):
-            whole = stay[:, :frozen].unflatten(1, (-1, unit)).any(-1).repeat_interleave(unit, 1)
-            dead = whole & ~stay[:, :frozen]
-            if bool(dead.any()):
-                logw = self.column("logw")
-                logw = torch.zeros(index.shape[0], self.n, device=index.device) if logw is None else logw.clone()
-                logw[:, :frozen].masked_fill_(dead, -torch.inf)
-                self.cols["logw"] = Buffer(logw)
-            stay = torch.cat([whole, stay[:, frozen:]], 1)
         stay = stay.expand(self.heads, -1)
         self.keep(stay.nonzero()[:, 1].unflatten(0, (self.heads, -1)))
 

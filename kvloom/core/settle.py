@@ -195,12 +195,10 @@ def fit(step: Step, kept: bool = False) -> None:
     for segment in step.group.segments.values():
         for plane in (segment.key, segment.value):
             if plane.unfit and plane.codec.fits_kept == kept:
-                plane.const = {**plane.const, **plane.codec.fit(step, _keys(step.group.segments["main"]))}
+                main = step.group.segments["main"]
+                x = (main.key if plane.which == "key" else main.value).dense(0, main.n).float()
+                plane.const = {**plane.const, **plane.codec.fit(step, x)}
                 plane.fitted = True
-
-
-def _keys(segment: Segment) -> Tensor:
-    return torch.cat([run.decode().float() for run in segment.key.runs], 1)
 
 
 def freeze(group: Group) -> None:

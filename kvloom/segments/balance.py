@@ -29,11 +29,11 @@ class Balance(Nested):
     def __repr__(self) -> str:
         return f"Balance({self.inner!r})"
 
-    def fit(self, step: Step, keys: Tensor) -> Const:
+    def fit(self, step: Step, x: Tensor) -> Const:
         q = step.q.float().abs().amax((1, 2))
-        k = keys.abs().amax(1)
+        k = x.abs().amax(1)
         balance = (q / k.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
-        return {"balance": torch.where((q > 0) & (k > 0), balance, 1.0), **self.inner.fit(step, keys)}
+        return {"balance": torch.where((q > 0) & (k > 0), balance, 1.0), **self.inner.fit(step, x)}
 
     def encode(self, x: Tensor, const: Const) -> Block:
         return self.inner.encode((x.float() * const["balance"][:, None]).to(x.dtype), const)

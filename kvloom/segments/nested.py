@@ -35,8 +35,8 @@ class Nested(Codec):
     def const(self, site: Site, plane: Plane) -> Const:
         return self.inner.const(site, plane)
 
-    def fit(self, step: Step, keys: Tensor) -> Const:
-        return self.inner.fit(step, keys)
+    def fit(self, step: Step, x: Tensor) -> Const:
+        return self.inner.fit(step, x)
 
     def within(self, block: Block) -> Block:
         """The inner codec's part of a block."""
