@@ -214,6 +214,11 @@ def _count(layer: Layer, site: Site, seen: dict[int, Tensor]) -> Held:
                     seen[place] = x
             for column in segment.cols.values():
                 real("columns", column)
+            digest = segment.digest and segment.digest.buffer
+            if digest and segment.kind.select is not None:
+                row = heads * segment.kind.select.width(site.key_dim) * site.itemsize
+                parts["columns"] += digest.n * row
+                room += (digest.data.shape[1] - digest.n) * row
     if layer.recent is not None:
         row = site.q_heads * site.key_dim * site.itemsize
         parts["state"] += layer.recent.n * row

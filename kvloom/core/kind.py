@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from kvloom.core.codec import Codec, Const, Exact
 from kvloom.core.site import Site
 from kvloom.core.tap import Tap, tap_of
+
+if TYPE_CHECKING:
+    from kvloom.core.select import Selector
 
 __all__ = ["EXACT", "Kind", "Merge", "Tail"]
 
@@ -41,6 +45,7 @@ class Kind:
 
     `turn`: the class keeps its distance to the newest tokens as if nothing between had been dropped, by rotating the
     query (StreamingLLM's positions inside the cache). `merge`: the class is attended to apart, and joined that way.
+    `select`: decoded tokens read only what it picks; its slots stay in the order in which they came.
     """
 
     key: Codec = EXACT
@@ -50,6 +55,7 @@ class Kind:
     fold: bool = False
     turn: bool = False
     merge: Merge | None = None
+    select: Selector | None = None
     tap: Tap | None = field(default=None, compare=False, repr=False)
     key_const: Const = field(default_factory=dict, compare=False, repr=False)
     value_const: Const = field(default_factory=dict, compare=False, repr=False)

@@ -15,6 +15,7 @@ from kvloom.core.group import Group
 from kvloom.core.recipe import Phase, Recipe
 from kvloom.core.rows import Rows
 from kvloom.core.run import Buffer
+from kvloom.core.select import narrowed
 from kvloom.core.site import Site
 from kvloom.core.step import Step
 from kvloom.errors import CacheError
@@ -90,8 +91,9 @@ class Layer:
         self._pending: _Pending | None = None
         self._calm: float = 0  # up to this length, a decoded token needs no placement
         kinds = recipe.kinds.values()
-        self._window, self._lossy = recipe.window, not all(kind.exact for kind in kinds)
+        self._window, self._lossy = recipe.window, not all(kind.exact and kind.select is None for kind in kinds)
         self._fitting = any(kind.key.fits or kind.value.fits for kind in kinds)
+        self._selects = any(kind.select is not None for kind in kinds)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, logits: Logits, visible: Visible | None, sinks: Tensor | None
@@ -160,16 +162,18 @@ class Layer:
             if fresh is not None:
                 return (*fresh, [])
         length, value_dim, folded = self.length + alone, rows.v.shape[-1], _folded(q, rows.k)
-        queries = [group.pick(folded) for group in self.groups]
+        queries, groups = [group.pick(folded) for group in self.groups], self.groups
+        if self._selects and alone and past:
+            groups = [narrowed(group, x[:, :, 0], self.site) for group, x in zip(groups, queries, strict=True)]
         jobs = [
             [(merge, job(x, value_dim, group, logits, length, visible, emit, merge)) for merge in group.merges]
-            for x, group in zip(queries, self.groups, strict=True)
+            for x, group in zip(queries, groups, strict=True)
         ]
         waiting = [each[0] for found in jobs for _, each in found if each is not None]
         if waiting:
             yield waiting
         done, seen = [], []
-        for x, group, found in zip(queries, self.groups, jobs, strict=True):
+        for x, group, found in zip(queries, groups, jobs, strict=True):
             parts: list[tuple[Tensor, Tensor]] = []
             logs: dict[str, Tensor] = {}
             for merge, each in found:
@@ -307,6 +311,8 @@ class Layer:
                         yield name, "constant", part, x, x.nbytes
                 for column, buffer in segment.cols.items():
                     yield name, "column", column, buffer.data, buffer.used
+                if segment.digest is not None and segment.digest.buffer is not None:
+                    yield name, "digest", "units", segment.digest.buffer.data, segment.digest.buffer.used
         if self.recent is not None:
             yield "", "state", "queries", self.recent.data, self.recent.used
         if self._pending is not None:

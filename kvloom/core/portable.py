@@ -21,6 +21,7 @@ from kvloom.core.layer import Layer
 from kvloom.core.mask import Gaps
 from kvloom.core.run import Buffer, Run
 from kvloom.core.segment import Segment
+from kvloom.core.select import digested
 from kvloom.core.site import Site
 from kvloom.errors import CacheError, KvloomError, ModelError
 
@@ -298,6 +299,8 @@ def _fill(segment: Segment, facts: Any, h: int, prefix: str, inner: Layer, take:
         if name == "index" and x.numel():
             checked("places outside the text", int(x.amin()) >= 0 and int(x.amax()) < inner.length)
         segment.cols[name] = Buffer(x)
+    if kind.select is not None and segment.n:
+        digested(segment, kind.select)
 
 
 def _block(codec: Codec, const: Const, n: int, h: int, dim: int, site: Site, take: Any, prefix: str) -> Block:

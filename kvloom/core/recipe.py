@@ -187,8 +187,22 @@ class Recipe:
                 kind.value.check(site, "value")
                 if kind.key.tap == "pre-rope":
                     tap_of(site, self.name)
+        self._check_selectors()
         policy = {phase: replace(p, budget=p.budget.bind(self, sites)) for phase, p in self.policy.items()}
         return replace(self, policy=policy)
+
+    def _check_selectors(self) -> None:
+        """Raises RecipeError where reading a selection only would leave somebody without what he needs."""
+        if all(kind.select is None for kind in self.kinds.values()):
+            return
+        decode = self.policy.get("decode")
+        if decode is not None and decode.score is not None and decode.score.queries < 0:
+            raise RecipeError(
+                f"{self.name}: decoded tokens read only a selection of slots, but eviction while decoding counts the attention "
+                "that all slots receive. Use a placement that looks at its newest queries, such as snapkv."
+            )
+        if any(kind.turn for kind in self.kinds.values()):
+            raise RecipeError(f"{self.name}: slots that keep their distance (turn) can't be combined with a selector.")
 
     def nbytes(self, site: Site, held: Mapping[str, int]) -> int:
         """Bytes of one sequence in one layer that holds `held[class]` slots of each head, without empty room.
@@ -206,6 +220,9 @@ class Recipe:
                 frozen = 0 if codec.exact else tail.due(n)
                 total += codec.nbytes(frozen, site.kv_heads, dim, site.itemsize)
                 total += (n - frozen) * site.kv_heads * dim * site.itemsize
+            if kind.select is not None:
+                units = max(0, n - 1) // kind.select.unit
+                total += units * site.kv_heads * kind.select.width(site.key_dim) * site.itemsize
             total += 4 * n * self.columns(name) * site.kv_heads
         return total
 
@@ -259,7 +276,8 @@ def compose(a: Recipe, b: Recipe) -> Recipe:
     both = stacked(a.kinds["main"], b.kinds["main"])
     if both is None:
         raise RecipeError(f"{name}: both {a.name} and {b.name} decide how kept tokens are stored. Keep one of them.")
-    main = mine if its.exact else replace(its, turn=mine.turn) if mine.exact else replace(both, turn=mine.turn)
+    main = mine if its.exact else replace(its if mine.exact else both, turn=mine.turn)
+    main = replace(main, select=mine.select or its.select)
     kinds = {**stored.kinds, **placed.kinds, "main": main}
     for phase, policy in placed.policy.items():
         wide = max((main.key.scope, main.value.scope), key=SCOPES.index)

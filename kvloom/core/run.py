@@ -39,6 +39,13 @@ class Buffer:
             buffer.append(x)
         return buffer
 
+    @classmethod
+    def over(cls, x: Tensor) -> Buffer:
+        """The rows of x [h, n, ...], not copied."""
+        buffer = cls(x[:, :0])
+        buffer.data, buffer.n = x, x.shape[1]
+        return buffer
+
     def append(self, x: Tensor) -> None:
         """Adds x [h, m, ...] behind the last row."""
         m = x.shape[1]

@@ -6,6 +6,8 @@ runs: frozen ones first, the exact tail last. Slot i is the i-th of both planes 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,11 @@ from kvloom.core.codec import of_heads
 from kvloom.core.kind import EXACT, Kind, Tail
 from kvloom.core.plane import Plane
 from kvloom.core.rows import Rows
-from kvloom.core.run import Buffer, gather
+from kvloom.core.run import Buffer, Run, gather
 from kvloom.errors import CacheError
+
+if TYPE_CHECKING:
+    from kvloom.core.select import Digest
 
 __all__ = ["EXACT", "Kind", "Segment", "Tail"]
 
@@ -27,8 +32,21 @@ class Segment:
         self.key, self.value = Plane(kind, "key"), Plane(kind, "value")
         self.cols: dict[str, Buffer] = {}
         self.n, self.start = 0, 0
+        self.moves = 0  # how often slots have left or changed places
+        self.digest: Digest | None = None
         self._late = 0  # newest slots that the index column does not have yet: consecutive, the last before `_next`
         self._next = 0
+
+    @classmethod
+    def of(cls, rows: Rows) -> Segment:
+        """An exact segment of these rows, which are not copied: only to be read."""
+        found = cls(Kind())
+        for plane, x in ((found.key, rows.k), (found.value, rows.v)):
+            plane.runs = [Run(EXACT, {}, {})]
+            plane.runs[0].fields["x"] = Buffer.over(x)
+        found.cols = {name: Buffer.over(x) for name, x in {**rows.cols, "index": rows.where}.items()}
+        found.n = rows.n
+        return found
 
     @property
     def frozen(self) -> int:
@@ -111,6 +129,7 @@ class Segment:
     def clear(self) -> None:
         """Drops all slots and frees their bytes."""
         self.key.runs, self.value.runs, self.cols, self.n, self._late = [], [], {}, 0, 0
+        self.moves += 1
 
     def read(self, slots: Tensor) -> Rows:
         """The slots [h, r] as rows, keys and values decoded."""
@@ -151,9 +170,10 @@ class Segment:
         if self.consecutive and slots.device.type == "cpu" and bool((slots[:, 0] == gone).all()):
             self.drop_front(gone)
             return
-        if gone * 8 <= self.n and self.key.writable and self.value.writable:
+        if gone * 8 <= self.n and self._free:
             self._fill_holes(_others(slots, self.n))
             return
+        self.moves += 1
         self._column("index", self.index)
         for name, buffer in self.cols.items():
             self.cols[name] = Buffer(gather(buffer.view, slots))
@@ -164,10 +184,15 @@ class Segment:
     def drop(self, slots: Tensor) -> None:
         """Drops the slots [h, r] (ascending; whole units where frozen) and frees their bytes."""
         r = slots.shape[1]
-        if r * 8 > self.n or self.consecutive or not (self.key.writable and self.value.writable):
+        if r * 8 > self.n or self.consecutive or not self._free:
             self.keep(_others(slots, self.n))
         elif r:
             self._fill_holes(slots)
+
+    @property
+    def _free(self) -> bool:
+        """Whether slots may change places."""
+        return self.key.writable and self.value.writable and self.kind.select is None
 
     @property
     def consecutive(self) -> bool:
@@ -178,7 +203,7 @@ class Segment:
         """Drops the first slots of a `consecutive` segment."""
         for buffer in (self.key.runs[0].fields["x"], self.value.runs[0].fields["x"], *self.cols.values()):
             buffer.drop_front(count)
-        self.start, self.n = self.start + count, self.n - count
+        self.start, self.n, self.moves = self.start + count, self.n - count, self.moves + 1
 
     def own(self) -> None:
         """Before slots leave: what a fork shares and is exact is copied, once."""
@@ -189,6 +214,7 @@ class Segment:
         """Few slots [h, r] leave an exact segment: the last ones move into the holes, O(dropped) instead of O(held)."""
         h, r = gone.shape
         left = self.n - r
+        self.moves += 1
         self._column("index", self.index)
         late = torch.arange(left, self.n, device=gone.device).expand(h, -1)
         if r > 1:  # of the last ones those that stay come first, as many as there are holes in front of them

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvloom.core.group import Group, Table
 from kvloom.core.recipe import DROP, Away, Merger, Policy
 from kvloom.core.segment import Segment
+from kvloom.core.select import digested
 from kvloom.core.step import Step
 
 __all__ = ["fit", "freeze", "of_group", "place", "slack"]
@@ -202,6 +203,8 @@ def fit(step: Step, kept: bool = False) -> None:
 
 
 def freeze(group: Group) -> None:
-    """Encodes what is due in every segment."""
+    """Encodes what is due in every segment, and brings what selectors remember up to date."""
     for segment in group:
         segment.settle()
+        if segment.kind.select is not None:
+            digested(segment, segment.kind.select)
