@@ -66,6 +66,6 @@ def streamingllm(sinks: int = 4, window: int = 512, budget: int | float | str | 
         return {"main": max(0, n - sinks), "sinks": min(n, sinks)}
 
     size = _Rest(sinks + window if budget is None else budget, sinks + 1, held)
-    policy = Policy(size, Keep(sinks=sinks, sinks_to="sinks"), sorts=max(1, sinks))
+    policy = Policy(size, Keep(sinks=sinks, sinks_to="sinks", scope="layer"), sorts=max(1, sinks))
     kinds = {"main": Kind(), "sinks": Kind(turn=True)}
     return Recipe("streamingllm", {"prompt": policy, "decode": policy}, kinds, _check)
