@@ -21,7 +21,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Card:
-    """`name` is the recipe's name; `open` says what the paper leaves open and what was chosen here."""
+    """`name` is the recipe's name; `open` says what the paper leaves open and what was chosen here.
+
+    `points`: options at which the paper measures, as in ("bits=2", "bits=4, group=64"); tables run these, or the defaults.
+    """
 
     name: str
     title: str
@@ -34,13 +37,20 @@ class Card:
     open: str
     measured: str
     bytes: str
+    points: tuple[str, ...] = ()
     options: tuple[Option, ...] = ()
+
+    @property
+    def recipes(self) -> tuple[str, ...]:
+        """The paper's operating points as recipes."""
+        return tuple(f"{self.name}({point})" if point else self.name for point in self.points or ("",))
 
     def text(self) -> str:
         """The card as plain text."""
         rows = [f"{self.name}: {self.title} ({self.year}{', arXiv ' + self.arxiv if self.arxiv else ''})", ""]
         labels = ("idea", "claims", "differs", "open", "measured", "bytes", "code")
         rows += [f"{label:>9}: {getattr(self, label)}" for label in labels if getattr(self, label)]
+        rows += [f"   points: {', '.join(self.recipes)}"] if self.points else []
         rows += ["", "  options:"] if self.options else []
         rows += [f"    {o.name} = {o.default!r}: {o.doc}" for o in self.options]
         return "\n".join(rows)

@@ -170,6 +170,45 @@ def harness(
 
 
 @app.command
+def codecs(
+    *,
+    model: Annotated[list[str] | None, Parameter(negative="")] = None,
+    cache: Annotated[list[str] | None, Parameter(negative="")] = None,
+    workers: int = 2,
+    out: Path = Path("lab") / "codecs.jsonl",
+    markdown: Path | None = None,
+    json: Json = False,
+) -> None:
+    """One table of all recipes that store numbers in fewer bits, at their papers' operating points.
+
+    True bits per number, KL and top-1 agreement with the full cache, change of perplexity, recall of planted facts and time of
+    a decoded token. Profiles that a model lacks are made first. Give the same command again to go on after a stop.
+
+    Args:
+        model: Give it once per model. Without it: "nano" and "nano+outliers".
+        cache: A recipe; give it once per recipe. Without it: all that encode.
+        workers: Processes, each with one thread.
+        out: The file of results; what stands there is not measured again.
+        markdown: A page to write the table to, such as docs/codecs.md.
+    """
+    from kvloom.lab import codecs as table
+
+    if workers < 1:
+        raise KvloomError(f"--workers {workers} must be at least 1.")
+    chosen, models = cache or table.codecs(), model or list(table.MODELS)
+    with progress(len(models) * (len(chosen) + 1), live=False) as tell:
+        lines = table.go(models, chosen, out, workers, tell)
+    if markdown is not None:
+        command = " ".join(["kvloom lab codecs", *(f'--cache "{x}"' for x in cache or []), f"--markdown {markdown}"])
+        markdown.write_text(table.markdown(lines, command), encoding="utf-8")
+    if json:
+        print_json([asdict(line) for line in lines])
+        return
+    heads, *rows = table.table(lines)
+    _table(heads, rows)
+
+
+@app.command
 def tasks(name: str | None = None, *, json: Json = False) -> None:
     """All tasks, or one of them with an example.
 

@@ -34,6 +34,7 @@ CARD = Card(
     "mends it better: with heads of 64 channels factors of rank 4 cost as much as a bit.",
     bytes="per token and KV head, keys and values alike: D*bits/8 + 4*D/group + 2*rank + outliers*D*(itemsize + 2), and "
     "2*rank*D per chunk",
+    points=("bits=2", "bits=4"),
 )
 
 

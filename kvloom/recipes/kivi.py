@@ -23,6 +23,7 @@ CARD = Card(
     "KL to the full cache 0.172 nats per token, same top token 75%. Prefill of 8,192 tokens 1.04x stock.",
     bytes="frozen, per token and KV head: D*bits/8 + 4*D/group for keys and again for values; exact: at most residual - 1 "
     "keys and residual values",
+    points=("bits=2", "bits=4"),
 )
 
 

@@ -41,6 +41,7 @@ CARD = Card(
     "0.116, 87 % at 3.3. Profile from the bundled book: 16 texts of 2,048 tokens, about a minute of one core.",
     bytes="per token and KV head: D*bits/8 for keys and again for values; per token and plane 2*ceil(outliers/2*C)*(itemsize "
     "+ 2) with C = H*D, and 4 for values; the profile once per layer: 4*C and 8 * 2**bits for each plane",
+    points=("bits=2", "bits=3", "bits=4"),
 )
 BITS = (2, 3, 4)
 CELLS = 8192  # of a histogram over [-1, 1]

@@ -33,6 +33,7 @@ CARD = Card(
     "stock.",
     bytes="important: (D_k + D_v) * itemsize + 8; low: (D_k + D_v) * bits/8 + 8 * D/group + 4 per token and KV head; the "
     "balancer: D fp32 per KV head",
+    points=("budget=0.2", "budget=0.5"),
 )
 
 

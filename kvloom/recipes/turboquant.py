@@ -33,6 +33,7 @@ CARD = Card(
     "bytes better than kivi near 3 bits and about equal near 4.",
     bytes="per token and KV head: D*bits/8 + 2 for keys and again for values, 2 more for keys='product'; D*D fp32 for the "
     "rotation (twice for 'product') and 4 * 2**bits for the codebook, once per model",
+    points=("bits=2", "bits=3", "bits=4"),
 )
 
 
