@@ -17,6 +17,7 @@ from kvloom.segments.levels import Levels
 from kvloom.segments.lowrank import LowRank
 from kvloom.segments.minmax import MinMax
 from kvloom.segments.outliers import ChannelOutliers, RangeOutliers, TokenOutliers
+from kvloom.segments.project import Project
 from kvloom.segments.prune import Prune
 from kvloom.segments.rotate import Rotate
 from kvloom.segments.sphere import SignResidual, Sphere
@@ -57,9 +58,12 @@ def codecs() -> st.SearchStrategy[Codec]:
     )
     low = st.builds(LowRank, st.one_of(tokens, channels, sparse), st.sampled_from([1, 4]), chunks)
     turned = st.builds(Rotate, st.one_of(spheres, st.builds(SignResidual, spheres), channels))
+    bases = st.sampled_from([1, None]).flatmap(lambda join: st.builds(
+        Project, st.one_of(st.builds(Exact), tokens), st.sampled_from([3, 8]), st.just(join), st.none(), st.booleans()
+    ))  # fmt: skip
     pruned = st.builds(Prune, st.one_of(st.builds(Exact), tokens), st.sampled_from([0.0, 0.4]))
     return st.one_of(
-        tokens, channels, st.builds(Balance, channels), st.builds(Exact), sparse, low, turned, levels, pruned
+        tokens, channels, st.builds(Balance, channels), st.builds(Exact), sparse, low, turned, levels, pruned, bases
     )
 
 

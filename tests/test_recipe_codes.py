@@ -22,6 +22,7 @@ RECIPES = (
     "turboquant(bits=4, keys='product', residual=12)",
     "kvquant(bits=2)",
     "kvquant(bits=4, outliers=0.1, spread='head')",
+    "matryoshkakv(keep=0.5, steps=2)",
     "think(recent=6)",
     "think(recent=6) | kivi(bits=4, group=8, residual=16)",
 )
@@ -84,9 +85,11 @@ def test_a_crop_takes_back_whole_tokens(recipe: str) -> None:
     model, ids = subject("llama"), prompt(90)
     cache = made(model, recipe)
     run_cache(model, cache, ids, [60])
-    before = layers_of(cache)[1].groups[0].segments["main"].read(torch.arange(40).expand(2, -1))
+    segment = layers_of(cache)[1].groups[0].segments["main"]
+    slots = torch.arange(40).expand(segment.heads, -1)
+    before = segment.read(slots)
     cache.crop(-20)
-    after = layers_of(cache)[1].groups[0].segments["main"].read(torch.arange(40).expand(2, -1))
+    after = segment.read(slots)
     assert cache.get_seq_length() == 40
     torch.testing.assert_close(after.k, before.k)
     torch.testing.assert_close(after.v, before.v)
@@ -113,15 +116,16 @@ def test_nothing_is_encoded_twice(recipe: str, monkeypatch: pytest.MonkeyPatch) 
     run_cache(model, cache, ids, [40] + [1] * 40 + [25] + [1] * 15)
     frozen = 0
     for layer in layers_of(cache):
-        segment = layer.groups[0].segments["main"]
-        assert segment.key.n == segment.value.n == segment.n == 120
-        frozen += segment.key.frozen + segment.value.frozen
+        for group in layer.groups:
+            segment = group.segments["main"]
+            assert segment.key.n == segment.value.n == segment.n == 120
+            frozen += segment.key.frozen + segment.value.frozen
     assert seen[0] == frozen
 
 
 @pytest.mark.parametrize("placement", PLACED)
 @pytest.mark.parametrize(
-    "recipe", [r for r in RECIPES if "layer" not in r and ("head" in r or "turbo" in r or "think" in r)]
+    "recipe", [r for r in RECIPES if "layer" not in r and ("head" in r or "turbo" in r or "think" in r or "matr" in r)]
 )
 def test_with_placements(recipe: str, placement: str) -> None:
     """No slot is lost or doubled over 42 steps and a second turn; logits stay finite."""

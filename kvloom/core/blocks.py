@@ -32,7 +32,13 @@ def blockwise(recipe: Recipe) -> bool:
     plain = not recipe.policy and not (main.fold or main.turn or main.merge)
     return plain and all(
         codec.exact
-        or (not codec.fits and codec.forms() == (codec,) and "x" not in codec.per and all(codec.per.values()))
+        or (
+            not codec.fits
+            and type(codec).at is Codec.at
+            and codec.forms() == (codec,)
+            and "x" not in codec.per
+            and all(codec.per.values())
+        )
         for codec in (main.key, main.value)
     )
 

@@ -7,7 +7,7 @@ growing, taking, forking, counting and writing bytes are written once, for all c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -62,6 +62,10 @@ class Codec:
 
     def check(self, site: Site, plane: Plane) -> None:
         """Raises RecipeError if this codec cannot store that plane of the layer."""
+
+    def at(self, site: Site, plane: Plane) -> Sequence[tuple[tuple[int, ...] | None, Codec]]:
+        """The codec of a layer: (None, codec), or some of its heads and theirs, where heads are not stored alike."""
+        return [(None, self)]
 
     def const(self, site: Site, plane: Plane) -> Const:
         """Constants known before any text, such as a rotation or a profile, [h, ...] or [1, ...]: always the same tensors."""

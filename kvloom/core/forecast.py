@@ -119,6 +119,9 @@ class _Hollow(Codec):
         self.rows: dict[str, int] = {}  # bytes of one row of each field
         self.sizes: dict[int, _Hollow] = {}
 
+    def at(self, site: Site, plane: Plane) -> list[tuple[tuple[int, ...] | None, Codec]]:
+        return [(heads, _Hollow(codec, self.site, self.which)) for heads, codec in self.inner.at(site, plane)]
+
     def const(self, site: Site, plane: Plane) -> Const:
         return self.inner.const(site, plane)
 

@@ -6,7 +6,7 @@ everything inside a group stays a plain [h, n] rectangle and unequal heads still
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from kvloom.core.run import Buffer
 from kvloom.core.segment import Segment
 from kvloom.core.site import Site
 
-__all__ = ["Group", "Table"]
+__all__ = ["Group", "Table", "groups_of"]
 
 
 class Group:
@@ -85,6 +85,18 @@ class Group:
         twin.state = dict(self.state)
         twin.segments = {name: segment.fork() for name, segment in self.segments.items()}
         return twin
+
+
+def groups_of(kinds: Mapping[str, Kind], site: Site) -> list[Group]:
+    """The groups that a layer begins with: one, unless heads are not stored alike."""
+    planes = [part for kind in kinds.values() for part in (*kind.key.at(site, "key"), *kind.value.at(site, "value"))]
+    parts: list[tuple[int, ...] | None] = list(dict.fromkeys(heads for heads, _ in planes if heads is not None))
+    return [
+        Group(
+            {name: kind.at(site, heads) for name, kind in kinds.items()}, None if heads is None else torch.tensor(heads)
+        )
+        for heads in parts or [None]
+    ]
 
 
 class Table:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from kvloom.core.codec import Codec, Const, Exact
+import torch
+
+from kvloom.core.codec import Codec, Const, Exact, Plane, of_heads
 from kvloom.core.site import Site
 from kvloom.core.tap import Tap, tap_of
 
@@ -60,11 +62,14 @@ class Kind:
     key_const: Const = field(default_factory=dict, compare=False, repr=False)
     value_const: Const = field(default_factory=dict, compare=False, repr=False)
 
-    def at(self, site: Site) -> Kind:
-        """The kind in one layer: where keys are taken from, and what its codecs know there before any text."""
-        tap = tap_of(site) if self.key.tap == "pre-rope" else None
-        consts = self.key.const(site, "key"), self.value.const(site, "value")
-        return replace(self, tap=tap, key_const=consts[0], value_const=consts[1])
+    def at(self, site: Site, heads: tuple[int, ...] | None = None) -> Kind:
+        """The kind in one layer, or for some of its heads: where keys are taken from, and what its codecs know there before
+        any text.
+        """
+        key, key_const = _of(self.key, site, "key", heads)
+        value, value_const = _of(self.value, site, "value", heads)
+        tap = tap_of(site) if key.tap == "pre-rope" else None
+        return replace(self, key=key, value=value, tap=tap, key_const=key_const, value_const=value_const)
 
     @property
     def exact(self) -> bool:
@@ -79,3 +84,12 @@ class Kind:
         """Slots of the key plane and of the value plane that are encoded when n are held."""
         keys = 0 if self.key.exact else self.key_tail.due(n)
         return keys, 0 if self.value.exact else self.value_tail.due(n)
+
+
+def _of(codec: Codec, site: Site, plane: Plane, heads: tuple[int, ...] | None) -> tuple[Codec, Const]:
+    """The codec of some heads of a layer, or of all, and its constants."""
+    parts = dict(codec.at(site, plane))
+    if heads in parts:
+        return parts[heads], parts[heads].const(site, plane)
+    const = parts[None].const(site, plane)
+    return parts[None], {name: of_heads(x, torch.tensor(heads)) for name, x in const.items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvloom.core import settle
 from kvloom.core.attention import Logits, Visible, as_bias, attend, job, joined, many_rows
-from kvloom.core.group import Group
+from kvloom.core.group import Group, groups_of
 from kvloom.core.recipe import Phase, Recipe
 from kvloom.core.rows import Rows
 from kvloom.core.run import Buffer
@@ -84,7 +84,7 @@ class Layer:
 
     def __init__(self, site: Site, recipe: Recipe) -> None:
         self.site, self.recipe = site, recipe
-        self.groups = [Group({name: kind.at(site) for name, kind in recipe.kinds.items()})]
+        self.groups = groups_of(recipe.kinds, site)
         self.length = self.prompt = self.dropped_at = 0
         self.recent: Buffer | None = None  # the newest queries [Hq, w, D]
         self.defer = False

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvloom.core.cache import KVCache, KVLayer
 from kvloom.core.codec import Block, Codec, Const
+from kvloom.core.group import Group
 from kvloom.core.kind import EXACT
 from kvloom.core.layer import Layer
 from kvloom.core.mask import Gaps
@@ -231,15 +232,15 @@ class _Taker:
 
 def _groups(inner: Layer, found: Any, take: _Taker) -> Iterator[Any]:
     heads, covered = inner.site.kv_heads, []
-    (blank,) = inner.groups
     for g, facts in enumerate(found):
         if facts["heads"]:
             at = take("state", f"heads.{g}", (None,), torch.int64).clone()
             checked("heads", bool(((at >= 0) & (at < heads)).all()), at.tolist())
-            (group,) = blank.split([at])  # no slots yet
+            group = _blank(inner, at)
             covered += at.tolist()
         else:
-            group = blank.fork()
+            checked("heads that are not stored alike", len(inner.groups) == 1)
+            group = inner.groups[0].fork()
             covered += range(heads)
         h = heads if group.heads is None else len(group.heads)
         for name in facts["state"]:
@@ -253,6 +254,18 @@ def _groups(inner: Layer, found: Any, take: _Taker) -> Iterator[Any]:
             _fill(segment, facts["classes"][name], h, f"{g}.{c}", inner, take)
         yield group
     checked("heads are missing or double", sorted(covered) == list(range(heads)), covered)
+
+
+def _blank(inner: Layer, at: Tensor) -> Group:
+    """A group of some heads, without slots."""
+    for group in inner.groups:
+        held = torch.arange(inner.site.kv_heads) if group.heads is None else group.heads.cpu()
+        if torch.equal(held, at.cpu()) and group.heads is not None:
+            return group.fork()
+        if bool(torch.isin(at.cpu(), held).all()):
+            (found,) = group.split([torch.searchsorted(held, at.cpu())])
+            return found
+    raise CacheError("the state does not fit this cache: heads that are not stored alike.")
 
 
 def _fill(segment: Segment, facts: Any, h: int, prefix: str, inner: Layer, take: _Taker) -> None:

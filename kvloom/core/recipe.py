@@ -213,13 +213,16 @@ class Recipe:
         total = 0
         for name, n in held.items():
             kind = self.kinds[name]
-            for codec, tail, dim in (
-                (kind.key, kind.key_tail, site.key_dim),
-                (kind.value, kind.value_tail, site.value_dim),
+            for parts, tail, dim in (
+                (kind.key.at(site, "key"), kind.key_tail, site.key_dim),
+                (kind.value.at(site, "value"), kind.value_tail, site.value_dim),
             ):
-                frozen = 0 if codec.exact else tail.due(n)
-                total += codec.nbytes(frozen, site.kv_heads, dim, site.itemsize)
-                total += (n - frozen) * site.kv_heads * dim * site.itemsize
+                for some, codec in parts:
+                    heads = site.kv_heads if some is None else len(some)
+                    frozen = 0 if codec.exact else tail.due(n)
+                    total += (
+                        codec.nbytes(frozen, heads, dim, site.itemsize) + (n - frozen) * heads * dim * site.itemsize
+                    )
             if kind.select is not None:
                 units = max(0, n - 1) // kind.select.unit
                 total += units * site.kv_heads * kind.select.width(site.key_dim) * site.itemsize
