@@ -31,6 +31,7 @@ LOSSY: dict[str, str] = {
     "snapkv-often": "snapkv(budget=24, window=8, interval=3)",
     "razorattention": "razorattention(echo=0.3, induction=0.3, sinks=2, window=12)",
     "mikv": "mikv(budget=0.5)",
+    "zipcache": "zipcache(gap=16)",
     "tova": "tova(budget=24)",
     "pyramidkv": "pyramidkv(budget=24, window=8, interval=3)",
     "adakv": "adakv(budget=24, window=8, interval=3)",

@@ -31,6 +31,7 @@ RECIPES = (
     "razorattention(budget=20, echo=0.2, induction=0.2)",
     "streamingllm(sinks=2, window=20)",
     "gear(bits=4, group=8, residual=16)",
+    "zipcache(gap=16)",
 )
 
 

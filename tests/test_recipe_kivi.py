@@ -121,3 +121,11 @@ def test_options() -> None:
             parse(f"kivi({wrong})")
     with pytest.raises(RecipeError, match="head size"):
         KVCache(build("llama"), "kivi(group=32)")
+
+
+def test_many_rows_behind_a_single_group() -> None:
+    """One group of keys decodes to a transposed view, which fused kernels must not take as it lies."""
+    model, ids = build("llama"), prompt(120)
+    whole = run_cache(model, KVCache(model, "full"), ids, [16, 104])
+    got = run_cache(model, KVCache(model, "kivi(bits=8, group=16, residual=16)"), ids, [16, 104])
+    assert float((got - whole).square().mean()) < 0.02**2 * float(whole.var())

@@ -161,6 +161,9 @@ class _Step(Step):
     def window(self, table: Table, rows: int) -> Tensor:
         return torch.rand(self.heads, 1, table.n)
 
+    def probed(self, table: Table, rows: Tensor) -> Tensor:
+        return torch.rand(self.heads, 1, table.n)
+
 
 class _Layer(Layer):
     """A layer that stores and settles, but attends to nothing."""

@@ -113,6 +113,26 @@ class Step:
                 parts.append(s)
             yield place, parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
+    def probed(self, table: Table, rows: Tensor) -> Tensor:
+        """Attention that every slot of the table receives from some rows [r] of this forward, summed: [h, g, n] fp32.
+
+        In tiles, so nothing of size T x T exists. The step must have all rows of its forward.
+        """
+        h, g, m, _ = self.q.shape
+        q, lse = (x[:, :, rows].flatten(1, 2) for x in (self.q, self.lse))
+        parts, each = [], max(64, CHUNK // max(1, q.shape[0] * q.shape[1]))
+        for name, segment in table.parts:
+            last = (rows + segment.n - m).repeat(g) if name == "main" else rows.new_full((g * len(rows),), segment.n)
+            logw = segment.column("logw")
+            for start in range(0, segment.n, each):
+                stop = min(start + each, segment.n)
+                s = self.logits.cap(reference.logits(q, segment.key.dense(start, stop), self.logits.scale))
+                s = reference.exp_(s.sub_(lse[..., None]))
+                s.masked_fill_(torch.arange(start, stop, device=s.device) > last[:, None], 0.0)
+                seen = s.unflatten(1, (g, -1)).sum(2)
+                parts.append(seen if logw is None else seen * logw[:, None, start:stop].exp())
+        return torch.cat(parts, -1)
+
     def window(self, table: Table, rows: int) -> Tensor:
         """Attention of the newest `rows` queries over what is stored now, summed: [h, g, n] fp32."""
         assert self.recent is not None

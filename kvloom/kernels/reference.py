@@ -27,6 +27,7 @@ def dense(
     """
     if k.shape[1] == 0:
         return q.new_zeros((*q.shape[:2], v.shape[-1])), q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))  # flash attention reads rows as contiguous
     if q.device.type == "cpu" and k.shape[-1] == v.shape[-1] and q.dtype == k.dtype:
         if bias is not None:
             bias = bias.to(q.dtype).expand(q.shape[0], -1, -1)[None]

@@ -14,7 +14,7 @@ from kvloom.core.site import Site
 from kvloom.core.step import Step
 from kvloom.errors import RecipeError
 
-__all__ = ["Burst", "Pyramid", "Size", "Tokens", "fraction", "read_bytes"]
+__all__ = ["Burst", "Nothing", "Pyramid", "Size", "Tokens", "fraction", "read_bytes"]
 
 Size = int | float | str
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -145,6 +145,16 @@ class Pyramid(Tokens):
         # steps are whole slots, rounded down, so the layers keep up to half a slot per layer more than the mean
         step = (2 * first - 2 * mean) // (layers - 1)
         return first - self.order.index(layer) * step + self.window
+
+
+class Nothing:
+    """No slot stays where it is: each leaves for a class of its placement."""
+
+    def bind(self, recipe: Recipe, sites: list[Site]) -> Nothing:
+        return self
+
+    def __call__(self, step: Step) -> int | None:
+        return 0
 
 
 def fraction(ratio: float, of: int) -> int:

@@ -12,7 +12,7 @@ from kvloom.core.group import Table
 from kvloom.core.recipe import DROP, Away
 from kvloom.core.step import Step
 
-__all__ = ["Keep"]
+__all__ = ["Grade", "Keep"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,40 @@ class Keep:
         first = torch.arange(count, device=scores.device) < torch.minimum(rest, single.sum(-1))[:, None]
         gone |= torch.zeros_like(gone).scatter_(1, ranked, first)
         return gone[:, owner]
+
+
+@dataclass(frozen=True)
+class Grade:
+    """Every slot leaves for one of two classes, (better, worse): the share `worse` of lowest score for the worse one.
+
+    Both take multiples of `unit` slots, `most` in all; the newest slots that are left over stay, and are ranked again later.
+    """
+
+    worse: float
+    to: tuple[str, str]
+    unit: int = 1
+    most: int | None = None
+    scope: Scope = "head"
+    least: int = 0
+
+    @property
+    def moves(self) -> tuple[str, ...]:
+        return self.to
+
+    def sizes(self, n: int) -> tuple[int, int]:
+        """How many of n slots go to the worse class, and how many to the better one."""
+        n = n if self.most is None else min(n, self.most)
+        few = int(self.worse * n + 1e-9) // self.unit * self.unit
+        return few, (n - few) // self.unit * self.unit
+
+    def __call__(self, step: Step, table: Table, scores: Tensor | None, budget: int) -> Tensor:
+        assert scores is not None
+        few, many = self.sizes(table.n)
+        newest = table.index.argsort(-1)[:, few + many :].expand(len(scores), -1)
+        lowest = scores.scatter(1, newest, torch.inf).topk(few, -1, largest=False).indices
+        better, worse = (step.classes.index(name) for name in self.to)
+        route = torch.full_like(scores, better, dtype=torch.long).scatter_(1, lowest, worse)
+        return route.scatter_(1, newest, step.classes.index(table.parts[0][0]))
 
 
 def _items(table: Table, units: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from kvloom.core.segment import Segment
 from kvloom.core.step import Step
 from kvloom.errors import RecipeError, unknown
 
-__all__ = ["Accumulated", "Distinct", "Expected", "LastToken", "Window"]
+__all__ = ["Accumulated", "Distinct", "Expected", "LastToken", "Probes", "Window"]
 
 BLOCK = 1024  # slots or queries at a time, where a scorer makes something of their size
 
@@ -146,6 +146,44 @@ class Expected:
             mean = rope.average(mean, ahead)
             cov = rope.average(rope.average(cov, ahead).mT, ahead)
         return mean, cov
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Mean attention that a slot receives from the probe rows that can see it, summed over a KV head's queries.
+
+    Probe rows: the last share `recent` of a forward's rows, at least one, and of the rows before as many as a share
+    `random` of all, drawn with a fixed seed (ZipCache, arXiv 2405.14256). While decoding with `queries` 1, the newest token.
+    """
+
+    recent: float = 0.05
+    random: float = 0.05
+    queries: int = -1
+    columns = 0
+
+    def __post_init__(self) -> None:
+        for name, share in (("recent", self.recent), ("random", self.random)):
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+                raise RecipeError(f"{name}={share!r} must be a share of the rows, 0.0 to 1.0.")
+
+    def rows(self, step: Step) -> Tensor:
+        """Which rows of this forward probe, ascending [r]."""
+        m = step.q.shape[2]
+        late = max(1, int(self.recent * m))
+        draw = torch.Generator().manual_seed(step.length)
+        early = torch.randperm(m - late, generator=draw)[: int(self.random * m)].sort().values
+        return torch.cat([early, torch.arange(m - late, m)]).to(step.q.device)
+
+    def seen(self, step: Step, table: Table) -> Tensor:
+        """How many probe rows can see each slot, [h or 1, n]."""
+        if self.queries >= 0:
+            return torch.ones_like(table.index)
+        at = self.rows(step) + step.first
+        return len(at) - torch.searchsorted(at, table.index.contiguous().to(at.dtype))
+
+    def __call__(self, step: Step, table: Table) -> Tensor:
+        mass = step.window(table, 1) if self.queries >= 0 else step.probed(table, self.rows(step))
+        return mass.sum(1) / self.seen(step, table).clamp_min(1)
 
 
 def _blocks(segment: Segment, which: Plane) -> Iterator[Tensor]:

@@ -63,14 +63,19 @@ class MinMax(Codec):
         group = self.group or dim
         return x.reshape(h, n, dim // group, group)
 
+    def limits(self, grouped: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest number of [h, groups, rows, numbers] that share a scale."""
+        low, high = grouped.aminmax(dim=-1)
+        return low, high
+
     def encode(self, x: Tensor, const: Const) -> Block:
-        kernels = kernels_for(x)
+        kernels = kernels_for(x) if type(self) is MinMax else None
         found = None if kernels is None else kernels.encode(x, self.along, self.bits, self.group or x.shape[2])
         if found is not None:
             return dict(zip(("codes", "scale", "zero"), found, strict=True))
         small = x.dtype if x.dtype.itemsize == 2 else torch.float16
         grouped = self._grouped(x).float()
-        low, high = grouped.aminmax(dim=-1)
+        low, high = self.limits(grouped)
         most = torch.finfo(small).max  # what 16 bits can't hold saturates
         zero = low.clamp(-most, most).to(small)
         scale = ((high - zero.float()) / (2**self.bits - 1)).clamp_(0, most).to(small)
@@ -114,7 +119,10 @@ class MinMax(Codec):
         h, rows = block["codes"].shape[:2]
         each = max(1, CHUNK // (h * (block["codes"][0, 0].numel() * 8 // self.bits if rows else 1)))
         return [
-            (slice(at * self.unit, (at + each) * self.unit), {name: x[:, at : at + each] for name, x in block.items()})
+            (
+                slice(at * self.unit, (at + each) * self.unit),
+                {name: x[:, at : at + each] if self.per[name] else x for name, x in block.items()},
+            )
             for at in range(0, rows, each)
         ]
 
