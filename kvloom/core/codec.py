@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvloom.kernels import reference
 from kvloom.kernels.dispatch import kernels_for
+from kvloom.kernels.tile import Term, Tile
 
 if TYPE_CHECKING:
     from kvloom.core.site import Site
@@ -137,12 +138,23 @@ class Codec:
         for at in range(0, n, each):
             yield slice(at, min(at + each, n)), self.cut(block, at, min(at + each, n))
 
+    def tile(self, block: Block, const: Const) -> Tile | None:
+        """How a block decodes, step by step, for kernels that do so a tile at a time; None: only `decode` knows."""
+        return None
+
+    def terms(self, block: Block, const: Const, q: Tensor | None) -> list[Term] | None:
+        """The block as a sum of tiles, keys with the queries that ask for each. Here: one, asked by q as it is."""
+        tile = self.tile(block, const)
+        return None if tile is None else [Term(tile, q)]
+
     def describe(self, block: Block, const: Const, q: Tensor | None, kept: list[Tensor]) -> Any:
         """The block for the kernels that work where it lies; None where they can't read it.
 
-        q [h, R, D], as their `queries` gives them, if it holds keys. Tensors made on the way go to `kept`.
+        q [h, R, D], as their `queries` gives them, if it holds keys. Tensors that it points into go to `kept`.
         """
-        return None
+        kernels = kernels_for(next(iter(block.values())))
+        terms = None if kernels is None else self.terms(block, const, q)
+        return None if kernels is None or terms is None else kernels.tile(self.slots(block), terms, kept)
 
     def nbytes(self, n: int, heads: int, dim: int, itemsize: int) -> int:
         """Bytes of n slots of each of so many heads, frozen at once; n is a multiple of `unit`."""
@@ -162,6 +174,9 @@ class Exact(Codec):
 
     def decode(self, block: Block, const: Const) -> Tensor:
         return block["x"]
+
+    def tile(self, block: Block, const: Const) -> Tile | None:
+        return Tile.dense(block["x"])
 
     def describe(self, block: Block, const: Const, q: Tensor | None, kept: list[Tensor]) -> Any:
         kernels = kernels_for(block["x"])

@@ -11,6 +11,8 @@ from torch import Tensor
 from kvloom.core.codec import Block, Codec, Const, gather, of_heads
 from kvloom.core.tap import Tap
 from kvloom.kernels import reference
+from kvloom.kernels.dispatch import kernels_for
+from kvloom.kernels.tile import Term
 
 __all__ = ["Buffer", "Run", "gather"]
 
@@ -172,7 +174,14 @@ class Run:
 
     def describe(self, q: Tensor | None, kept: list[Tensor]) -> Any:
         """The run for the kernels that work where it lies; None where they can't read it."""
-        return None if self.tap is not None else self.codec.describe(self.block, self.const, q, kept)
+        block = self.block
+        if self.tap is None or self.tap.rope is None or q is None:
+            return self.codec.describe(block, self.const, q, kept)
+        tile, kernels = self.codec.tile(block, self.const), kernels_for(q)
+        if tile is None or kernels is None:
+            return None
+        at = None if self.at is None else self.at.view
+        return kernels.tile(self.n, [Term(self.tap.tile(tile, at, self.start), q)], kept)
 
     def take(self, slots: Tensor) -> Run:
         """A new run of the slots [h, r]: whole units, in ascending order."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvloom.core.rope import Rope
 from kvloom.core.site import Site
 from kvloom.errors import RecipeError
+from kvloom.kernels.tile import Tile
 
 __all__ = ["Tap", "tap_of"]
 
@@ -28,6 +29,17 @@ class Tap:
     def on(self, keys: Tensor, at: Tensor) -> Tensor:
         """The inverse."""
         return keys if self.rope is None or not keys.shape[-1] else self.rope.rotate(keys.to(self.dtype), at)
+
+    def tile(self, tile: Tile, at: Tensor | None, start: int) -> Tile:
+        """`on` as a step of a tile, for slots at these places [h or 1, n] or from `start` on. Products are not rounded."""
+        rope = self.rope
+        if rope is None:
+            return tile
+        most = start + tile.n if at is None else int(at.max()) + 1
+        rounded = torch.float32 if rope.rounding == "none" else self.dtype
+        return tile.turn(
+            rope.inv_freq, rope.scaling, rope.offset, rope.layout == "interleaved", at, start, most, rounded
+        )
 
 
 def tap_of(site: Site, recipe: str = "") -> Tap:

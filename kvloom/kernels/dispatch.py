@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from kvloom.kernels import gpu, native
+from kvloom.kernels.tile import Term
 
 __all__ = ["Job", "Kernels", "kernels_for", "run"]
 
@@ -30,6 +31,7 @@ class Kernels(Protocol):
     def packed(
         self, along: str, bits: int, group: int, codes: Tensor, scale: Tensor, zero: Tensor, q: Tensor | None = None
     ) -> Any: ...
+    def tile(self, n: int, terms: list[Term], kept: list[Tensor]) -> Any: ...
     def job(
         self, h: int, rows: int, dim: int, value_dim: int, parts: list[native.Part], scale: float, softcap: float | None
     ) -> Any: ...

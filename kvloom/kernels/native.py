@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvloom.kernels import lower
+from kvloom.kernels.tile import Term
+
 __all__ = [
     "DOT", "ISA", "ROWS", "WHOLE_BITS", "Job", "Part", "dense", "encode", "fits", "job", "observe", "packed", "prefill", "queries", "run",
-    "serves",
+    "serves", "tile",
 ]  # fmt: skip
 
 
@@ -49,7 +52,8 @@ DOT = "int8" if ISA and _native.whole and os.environ.get("KVLOOM_DOT") != "float
 WHOLE_BITS = 4 if os.environ.get("KVLOOM_DOT") == "int8" else 3
 ROWS = 64  # query rows of a KV head that one call takes; a fused kernel of torch is better at more
 _KIND = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-Described = tuple[int, ...]  # a run as `native/module.cpp` reads it: kind, slots, addresses, strides in bytes
+FEW_ROWS = 16  # a tile is decoded once for four rows: with more than these, decoding a run once for all is faster
+Described = tuple[Any, ...]  # a run as `native/module.cpp` reads it: kind, slots, addresses, strides in bytes
 
 
 @dataclass
@@ -105,6 +109,17 @@ def packed(
         0 if q is None else q.data_ptr(), bits, group, scale.data_ptr(), scale.stride(0) * scale.itemsize,
         zero.data_ptr(), zero.stride(0) * zero.itemsize, _KIND[scale.dtype], DOT == "int8" and bits <= WHOLE_BITS,
     )  # fmt: skip
+
+
+def tile(n: int, terms: list[Term], kept: list[Tensor]) -> Described | None:
+    """Describes a run of n slots that is the sum of terms; None where the kernels can't read it."""
+    if not hasattr(_native, "max_width") or any(x.q is not None and x.q.shape[1] > FEW_ROWS for x in terms):
+        return None
+    try:
+        found = tuple(lower.described(term, n, packed, kept) for term in terms)
+    except lower.Unread:
+        return None
+    return found[0] if len(found) == 1 else (lower.SUM, n, found)
 
 
 @dataclass

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvloom.core.codec import Block, Codec, Const
+from kvloom.kernels.tile import Term, Tile
 from kvloom.segments.nested import Nested
 
 if TYPE_CHECKING:
@@ -44,8 +45,17 @@ class Balance(Nested):
     def dot(self, q: Tensor, block: Block, const: Const, scale: float) -> Tensor:
         return self.inner.dot(q.float() / const["balance"][:, None], block, const, scale)
 
+    def tile(self, block: Block, const: Const) -> Tile | None:
+        tile = self.inner.tile(block, const)
+        return None if tile is None else tile.affine(1 / const["balance"][:, None], per=0)
+
+    def terms(self, block: Block, const: Const, q: Tensor | None) -> list[Term] | None:
+        if q is None:
+            return super().terms(block, const, q)
+        return self.inner.terms(block, const, q / const["balance"][:, None])
+
     def describe(self, block: Block, const: Const, q: Tensor | None, kept: list[Tensor]) -> Any:
         if q is None:
-            return None
+            return super().describe(block, const, q, kept)
         kept.append((q / const["balance"][:, None]).to(q.dtype))
         return self.inner.describe(block, const, kept[-1], kept)

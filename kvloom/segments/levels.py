@@ -12,6 +12,7 @@ from kvloom.core.codec import Block, Codec, Const, Plane, Tapped
 from kvloom.core.site import Site
 from kvloom.errors import RecipeError
 from kvloom.kernels.pack import BITS, pack, unpack
+from kvloom.kernels.tile import Tile
 
 __all__ = ["Levels"]
 
@@ -85,6 +86,12 @@ class Levels(Codec):
     def decode(self, block: Block, const: Const) -> Tensor:
         mid, half = self._range(block, const)
         return const["shown"][0].to(mid.device)[unpack(block["codes"], self.bits).int()] * half + mid
+
+    def tile(self, block: Block, const: Const) -> Tile | None:
+        tile = Tile.codes(block["codes"], self.bits, const["shown"])
+        if self.along == "channels":
+            return tile.affine(block["half"], block["mid"])
+        return tile.affine(const["half"][:, None], const["mid"][:, None], per=0)
 
     def nbytes(self, n: int, heads: int, dim: int, itemsize: int) -> int:
         ranges = 0 if self.along == "tokens" else 4 * n * (1 if self.scope == "layer" else heads)

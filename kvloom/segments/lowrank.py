@@ -8,6 +8,7 @@ from torch import Tensor
 from kvloom.core.codec import Block, Codec, Const, Plane
 from kvloom.core.site import Site
 from kvloom.errors import RecipeError
+from kvloom.kernels.tile import Term, Tile
 from kvloom.segments.nested import Nested
 
 __all__ = ["LowRank"]
@@ -81,6 +82,15 @@ class LowRank(Nested):
         left = self._chunks(block["left"].float())
         thin = p.unflatten(2, (left.shape[1], -1)).transpose(1, 2) @ left  # [h, chunks, R, r]
         return out.add_((thin @ block["right"].float().transpose(2, 3)).sum(1))
+
+    def tile(self, block: Block, const: Const) -> Tile | None:
+        tile = self.inner.tile(self.within(block), const)
+        return None if tile is None else tile.product(block["left"], block["right"], self.chunk)
+
+    def terms(self, block: Block, const: Const, q: Tensor | None) -> list[Term] | None:
+        terms = self.inner.terms(self.within(block), const, q)
+        thin = Term(Tile.dense(block["left"]), q, (block["right"], self.chunk or 0))
+        return None if terms is None else [*terms, thin]
 
     def nbytes(self, n: int, heads: int, dim: int, itemsize: int) -> int:
         chunks = (n // self.chunk if self.chunk else 1) if n else 0

@@ -16,6 +16,7 @@ from kvloom.errors import RecipeError
 from kvloom.kernels import reference
 from kvloom.kernels.dispatch import kernels_for
 from kvloom.kernels.pack import BITS, pack, unpack
+from kvloom.kernels.tile import Tile
 
 __all__ = ["MinMax"]
 
@@ -125,6 +126,10 @@ class MinMax(Codec):
             )
             for at in range(0, rows, each)
         ]
+
+    def tile(self, block: Block, const: Const) -> Tile | None:
+        group = self.group or block["codes"].shape[2] * 8 // self.bits
+        return Tile.minmax(self.along, self.bits, group, block["codes"], block["scale"], block["zero"])
 
     def describe(self, block: Block, const: Const, q: Tensor | None, kept: list[Tensor]) -> Any:
         kernels = kernels_for(block["codes"])

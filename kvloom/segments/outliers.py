@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvloom.core.codec import Block, Codec, Const
 from kvloom.errors import RecipeError
+from kvloom.kernels.tile import Tile
 from kvloom.segments.nested import Nested
 
 __all__ = ["ChannelOutliers", "RangeOutliers", "TokenOutliers", "ends", "shared_out"]
@@ -43,7 +44,7 @@ class _Outliers(Nested):
 class ChannelOutliers(_Outliers):
     """Along the tokens of each channel: the largest and the smallest numbers of `chunk` tokens (None: of all frozen at once).
 
-    outlier, place [h, chunks, k, D]; a place is a token of its chunk.
+    outlier, place [h, chunks, k, D]; a place is a token of its chunk, ascending along k.
     """
 
     def __init__(self, inner: Codec, share: float, chunk: int | None = None) -> None:
@@ -55,7 +56,7 @@ class ChannelOutliers(_Outliers):
 
     def encode(self, x: Tensor, const: Const) -> Block:
         chunks = x.unflatten(1, (-1, self.chunk or x.shape[1])).transpose(2, 3)  # [h, chunks, D, tokens]
-        place = ends(chunks.float(), shared_out(self.share, chunks.shape[3]))
+        place = ends(chunks.float(), shared_out(self.share, chunks.shape[3])).sort(-1).values
         value = chunks.gather(3, place)
         mean = chunks.float().mean(-1, keepdim=True).to(x.dtype)
         rest = chunks.scatter(3, place, mean.expand_as(value)).transpose(2, 3).flatten(1, 2)
@@ -73,7 +74,7 @@ class ChannelOutliers(_Outliers):
         found = super().cut(block, start, stop)
         if self.chunk is None and (start, stop) != (0, self.slots(block)):
             place = block["place"].int() - start
-            found["place"] = torch.where((place >= 0) & (place < stop - start), place, stop - start)
+            self._ascending(found, torch.where((place >= 0) & (place < stop - start), place, stop - start))
         return found
 
     def take(self, block: Block, slots: Tensor) -> Block:
@@ -83,8 +84,18 @@ class ChannelOutliers(_Outliers):
             moved = torch.full((heads, self.slots(block) + 1), left, device=slots.device)
             moved.scatter_(1, slots, torch.arange(left, device=slots.device).expand(heads, -1))
             place = block["place"]
-            found["place"] = moved.gather(1, place.long().flatten(1)).view_as(place).to(place.dtype)
+            self._ascending(found, moved.gather(1, place.long().flatten(1)).view_as(place))
         return found
+
+    def _ascending(self, found: Block, place: Tensor) -> None:
+        """Places in order, so that those of a stretch of tokens lie together; what is gone comes last."""
+        order = place.sort(stable=True, dim=2)
+        found["place"] = order.values.to(found["place"].dtype)
+        found["outlier"] = found["outlier"].gather(2, order.indices)
+
+    def tile(self, block: Block, const: Const) -> Tile | None:
+        tile = self.inner.tile(self.within(block), const)
+        return None if tile is None else tile.slots(block["place"], block["outlier"], self.chunk)
 
     def nbytes(self, n: int, heads: int, dim: int, itemsize: int) -> int:
         size = self.chunk or n
@@ -140,6 +151,10 @@ class TokenOutliers(_Outliers):
         y = self.inner.decode(self.within(block), const).float()
         wide = self._wide(y).contiguous().scatter_(2, block["place"].long(), block["outlier"].float())
         return self._narrow(wide, len(y))
+
+    def tile(self, block: Block, const: Const) -> Tile | None:
+        tile = self.inner.tile(self.within(block), const)
+        return None if tile is None else tile.places(block["place"], block["outlier"], self.scope == "layer")
 
     def nbytes(self, n: int, heads: int, dim: int, itemsize: int) -> int:
         rows, count = (1, heads * dim) if self.scope == "layer" else (heads, dim)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvloom.core.codec import Block, Codec, Const
 from kvloom.errors import RecipeError
+from kvloom.kernels.tile import Term, Tile
 from kvloom.segments.nested import Nested, chain
 
 if TYPE_CHECKING:
@@ -76,6 +77,23 @@ class Prune(Nested):
 
     def mix(self, p: Tensor, block: Block, const: Const) -> Tensor:
         return self._wide(self.inner.mix(p, block, const), const)
+
+    def tile(self, block: Block, const: Const) -> Tile | None:
+        tile = self.inner.tile(block, const)
+        return None if tile is None else tile.expand(self._matrix(const))
+
+    def terms(self, block: Block, const: Const, q: Tensor | None) -> list[Term] | None:
+        terms = self.inner.terms(block, const, None if q is None else self._narrow(q, const).contiguous())
+        if terms is None or q is not None:
+            return terms
+        back = self._matrix(const).transpose(1, 2).contiguous()
+        return [term.then(back) for term in terms]
+
+    def _matrix(self, const: Const) -> Tensor:
+        """What puts the channels that stay where they belong: [h, width, D], ones and zeros."""
+        order = const["order"].long()
+        dim = order.shape[1]
+        return torch.nn.functional.one_hot(order[:, : self.width(dim)], dim).float()
 
     def nbytes(self, n: int, heads: int, dim: int, itemsize: int) -> int:
         return self.inner.nbytes(n, heads, self.width(dim), itemsize)

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvloom.core.codec import Block, Codec, Const, Plane
 from kvloom.core.site import Site
 from kvloom.errors import RecipeError
+from kvloom.kernels.tile import Term, Tile
 from kvloom.segments.nested import Nested
 
 __all__ = ["Rotate", "Rotation", "hadamard", "rotation"]
@@ -38,7 +39,7 @@ def rotation(how: Rotation, dim: int, seed: int) -> Tensor:
             signs = torch.randint(0, 2, (dim,), generator=draw) * 2.0 - 1
             return (hadamard(torch.eye(dim)) * signs)[None]
         q, r = torch.linalg.qr(torch.randn(dim, dim, generator=draw, dtype=torch.float64))
-        even: Tensor = (q * r.diagonal().sign()).float()[None]
+        even: Tensor = (q * r.diagonal().sign()).float().contiguous()[None]
         return even
 
 
@@ -79,6 +80,17 @@ class Rotate(Nested):
 
     def mix(self, p: Tensor, block: Block, const: Const) -> Tensor:
         return self.inner.mix(p, block, const) @ self._matrix(block, const)
+
+    def tile(self, block: Block, const: Const) -> Tile | None:
+        tile = self.inner.tile(block, const)
+        return None if tile is None else tile.expand(self._matrix(block, const))
+
+    def terms(self, block: Block, const: Const, q: Tensor | None) -> list[Term] | None:
+        terms = self.inner.terms(block, const, None if q is None else self._on(q, const))
+        if terms is None or q is not None:
+            return terms
+        back = self._matrix(block, const).transpose(1, 2).contiguous()
+        return [term.then(back) for term in terms]
 
     def _on(self, x: Tensor, const: Const) -> Tensor:
         return x.float() @ const["rotation"].to(x.device).transpose(1, 2)

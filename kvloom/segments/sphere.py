@@ -12,6 +12,7 @@ from kvloom.core.codec import Block, Codec, Const, Plane
 from kvloom.core.site import Site
 from kvloom.errors import RecipeError
 from kvloom.kernels.pack import BITS, pack, unpack
+from kvloom.kernels.tile import Term, Tile
 from kvloom.segments.lloyd import lloyd
 from kvloom.segments.nested import Nested
 
@@ -19,6 +20,7 @@ __all__ = ["SignResidual", "Sphere", "levels"]
 
 GRID = 1 << 16  # cells in which the density of a coordinate is known
 ROUNDS = 20000
+SIGNS = torch.tensor([[-1.0, 1.0]])
 
 
 @functools.cache
@@ -81,6 +83,10 @@ class Sphere(Codec):
             unit = unit / unit.norm(dim=-1, keepdim=True)
         return unit * block["size"].float()
 
+    def tile(self, block: Block, const: Const) -> Tile | None:
+        tile = Tile.codes(block["codes"], self.bits, const["levels"])
+        return (tile.unit() if self.renorm else tile).affine(block["size"])
+
     def nbytes(self, n: int, heads: int, dim: int, itemsize: int) -> int:
         return heads * n * (dim * self.bits // 8 + 2)
 
@@ -130,6 +136,16 @@ class SignResidual(Nested):
             signs = unpack(part["signs"], 1).float() * 2 - 1
             out[..., slots] += asked @ signs.transpose(1, 2) * part["rest"].float().transpose(1, 2)
         return out
+
+    def terms(self, block: Block, const: Const, q: Tensor | None) -> list[Term] | None:
+        """Queries and sums go through the projection, so signs stay signs."""
+        terms = self.inner.terms(self.within(block), const, q)
+        if terms is None:
+            return None
+        signs = Tile.codes(block["signs"], 1, SIGNS).affine(block["rest"])
+        out = const["projection"].transpose(1, 2) * (math.sqrt(math.pi / 2) / signs.width)  # [1, D, D]
+        more = Term(signs, right=(out.contiguous()[:, None], 0)) if q is None else Term(signs, q @ out)
+        return [*terms, more]
 
     def nbytes(self, n: int, heads: int, dim: int, itemsize: int) -> int:
         return self.inner.nbytes(n, heads, dim, itemsize) + heads * n * (dim // 8 + 2)

@@ -6,10 +6,10 @@ kernels behind `launch`. Triton is imported when a kernel first runs.
 
 from kvloom.kernels.gpu.decode import Job, attend, job, run
 from kvloom.kernels.gpu.launch import encode, observe, prefill, window_lse, window_mass
-from kvloom.kernels.gpu.runs import Dense, Packed, dense, packed
+from kvloom.kernels.gpu.runs import Dense, Packed, dense, packed, tile
 from kvloom.kernels.gpu.serving import ROWS, available, fits, found, obstacle, queries, runs_on, serves, triton
 
 __all__ = [
     "ROWS", "Dense", "Job", "Packed", "attend", "available", "dense", "encode", "fits", "found", "job", "observe", "obstacle",
-    "packed", "prefill", "queries", "run", "runs_on", "serves", "triton", "window_lse", "window_mass",
+    "packed", "prefill", "queries", "run", "runs_on", "serves", "tile", "triton", "window_lse", "window_mass",
 ]  # fmt: skip

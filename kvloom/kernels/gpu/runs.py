@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvloom.kernels.gpu.serving import DTYPES
 
-__all__ = ["Dense", "Packed", "PartLike", "Run", "Stretch", "cut", "dense", "packed"]
+__all__ = ["Dense", "Packed", "PartLike", "Run", "Stretch", "cut", "dense", "packed", "tile"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +90,10 @@ def dense(x: Tensor, q: Tensor | None = None) -> Dense | None:
     if x.dtype not in DTYPES or x.stride(2) != 1 or (x.shape[1] > 1 and x.stride(1) != x.shape[2]):
         return None
     return Dense(x, q)
+
+
+def tile(n: int, terms: Sequence[object], kept: Sequence[Tensor]) -> None:
+    """Triton's kernels decode no tiles: plain torch does what is not dense or min-max."""
 
 
 def packed(

@@ -1,8 +1,7 @@
 // Decode attention: one split of one head at a time. Compiled once for each instruction set, under the name ISA.
 #include <cmath>
 
-#include "keys.h"
-#include "values.h"
+#include "tile.h"
 
 namespace {
 
@@ -25,9 +24,9 @@ inline void cap(float *s, int n, float limit) {
 
 template <int R>
 void rows(const Job &job, const Segment &segment, int head, int first, int64_t start, int64_t stop, float *s, Partial part) {
-    const int n = int(stop - start), D = job.dim;
+    const int n = int(stop - start);
     each_run(segment.keys, start, stop, [&](const Run &run, int64_t a, int64_t b, int64_t at) {
-        key_rows<R>(run, run.q + (int64_t(head) * job.rows + first) * D, job.scale, head, a, b, D, s + at, SPLIT);
+        any_dot<R>(job, run, head, first, a, b, s + at, SPLIT);
     });
     for (int r = 0; r < R; r++) {
         float *mine = s + r * SPLIT;
@@ -54,7 +53,7 @@ void rows(const Job &job, const Segment &segment, int head, int first, int64_t s
     }
     for (int i = 0; i < R * job.value_dim; i++) part.out[i] = 0;
     each_run(segment.values, start, stop, [&](const Run &run, int64_t a, int64_t b, int64_t at) {
-        value_rows<R>(run, head, a, b, job.value_dim, s + at, SPLIT, part.out);
+        any_mix<R>(run, head, a, b, job.value_dim, s + at, SPLIT, part.out);
     });
 }
 

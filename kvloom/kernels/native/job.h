@@ -7,14 +7,48 @@
 namespace kvloom {
 
 constexpr int SPLIT = 512;  // slots of one partial result: fixed, so that sums are the same for any number of threads
-constexpr int MAX_ROWS = 64, MAX_DIM = 512;
+constexpr int MAX_ROWS = 64, MAX_DIM = 512, MAX_WIDTH = 8192;
 
-enum Kind : int { FLOAT32, FLOAT16, BFLOAT16, TOKENS, CHANNELS };  // the last two: packed codes, groups along ...
+// Numbers; packed codes with groups along ...; codes of a table; a tile that is made in steps; a sum; places and exponents.
+enum Kind : int { FLOAT32, FLOAT16, BFLOAT16, TOKENS, CHANNELS, TABLE, TILE, SUM, INT16, INT32, EXPONENT };
+
+// A tensor of which a row belongs to `per` slots (0: to all). Heads are `head` bytes apart (0: they share it), rows `row`.
+struct Field {
+    Kind kind = FLOAT32;
+    const uint8_t *data = nullptr;
+    int64_t head = 0, row = 0, per = 0;
+    int count = 0;  // numbers in a row
+};
+
+// What is done to a tile, x [slots, width]:
+//   AFFINE   x * a + b; each of a row's `count` numbers belongs to width / count neighbouring channels. Either may be absent.
+//   PERMUTE  channel i becomes what channel a[i] was
+//   PLACES   numbers b [k] of each slot take the places a [k], which count the channels of one head, or (x) of head after head;
+//            with y they are added
+//   SLOTS    numbers b [k, width] of `per` slots take the places a [k, width], counted in slots, ascending in each channel
+//   PRODUCT  a [x] of each slot times b [width, x] of its `per` slots is added
+//   EXPAND   x times a [width, x]
+//   TURN     RoPE: cosines and sines of 64 i steps a [., 2 P] and of i < 64 steps b [64, 2 P] together make those of any place;
+//            c [P]: radians of a step; d: places, or they begin at `start`. x: channels before, y: pairs, z: 1 if they are
+//            neighbours; cosines are rounded to `round`
+//   UNIT     each slot's length becomes 1
+enum Op : int { AFFINE, PERMUTE, PLACES, SLOTS, PRODUCT, EXPAND, TURN, UNIT };
+struct Stage {
+    Op op;
+    Field a, b, c, d;
+    int x = 0, y = 0, z = 0;
+    int64_t start = 0;
+    Kind round = FLOAT32;
+};
 
 // Consecutive slots of one plane under one codec. Rows are contiguous; heads are `head` bytes apart.
 //   dense      data [h, n, D]
 //   TOKENS     data [h, n / group, D, group * bits / 8], scale and zero [h, n / group, D]
 //   CHANNELS   data [h, n, D * bits / 8], scale and zero [h, n, D / group]
+//   TABLE      data [h, n, M * bits / 8]; code i of a slot stands for the numbers table[i or 0, code], D / M of them
+//   TILE       inner[0] decoded to `width` numbers a slot, then `stages`; `wide` numbers in the end. With right [D, wide],
+//              what is stored is the product of both: keys are asked with q right, sums of values multiplied by right^T
+//   SUM        the sum of `inner`
 struct Run {
     Kind kind;
     int64_t n;
@@ -26,6 +60,11 @@ struct Run {
     Kind small = FLOAT16;  // dtype of scale and zero
     const float *q = nullptr;  // key planes: queries [h, R, D]
     bool whole = false;        // packed codes may be multiplied in whole numbers, by weights of 8 bits
+    int64_t row = 0;           // dense rows of a tile and rows of TABLE: bytes from one to the next
+    int width = 0, wide = 0;
+    Field table, right;
+    std::vector<Run> inner = {};
+    std::vector<Stage> stages = {};
 };
 
 struct Segment {

@@ -14,13 +14,17 @@ constexpr int AHEAD = 2048;  // bytes by which memory is asked for keys before t
 // s[r * stride + t] = q[r] . k[t] for R rows; q [R, D] fp32, k [n, D].
 template <int R, class T>
 void dense_dot(const float *q, const T *k, int64_t n, int D, float *s, int stride) {
-    const int whole = D / W * W;
+    const int rest = D % W, vectors = D - rest, last = D - W, whole = last > 0 ? D : vectors;
+    const bool over = rest && last > 0;  // then the last vector begins before the others end, and those numbers count once
+    alignas(64) float ends[R * W];
+    if (over)
+        for (int i = 0; i < R * W; i++) ends[i] = i % W < W - rest ? 0 : q[i / W * D + last + i % W];
     int64_t t = 0;
     for (; t + 2 <= n; t += 2) {
         const T *k0 = k + t * D, *k1 = k0 + D;
         for (int d = 0; d < 2 * D; d += 64 / int(sizeof(T))) prefetch(k0 + d + AHEAD / sizeof(T));
         vf a[R] = {}, b[R] = {};
-        for (int d = 0; d < whole; d += W) {
+        for (int d = 0; d < vectors; d += W) {
             const vf x = load(k0 + d), y = load(k1 + d);
             for (int r = 0; r < R; r++) {
                 const vf w = load(q + r * D + d);
@@ -28,6 +32,8 @@ void dense_dot(const float *q, const T *k, int64_t n, int D, float *s, int strid
                 b[r] += w * y;
             }
         }
+        if (over)
+            for (int r = 0; r < R; r++) a[r] += load(ends + r * W) * load(k0 + last), b[r] += load(ends + r * W) * load(k1 + last);
         float x[R], y[R];
         sums<R>(a, x), sums<R>(b, y);
         for (int r = 0; r < R; r++) {
@@ -38,7 +44,8 @@ void dense_dot(const float *q, const T *k, int64_t n, int D, float *s, int strid
     if (t < n)
         for (int r = 0; r < R; r++) {
             vf a = {};
-            for (int d = 0; d < whole; d += W) a += load(q + r * D + d) * load(k + t * D + d);
+            for (int d = 0; d < vectors; d += W) a += load(q + r * D + d) * load(k + t * D + d);
+            if (over) a += load(ends + r * W) * load(k + t * D + last);
             float x = sum(a);
             for (int d = whole; d < D; d++) x += q[r * D + d] * scalar(k + t * D + d);
             s[r * stride + t] = x;
@@ -165,9 +172,11 @@ void key_rows(const Run &run, const float *from, float scale_by, int head, int64
         for (int64_t t = a; t < b; t += BLOCK) {
             alignas(64) float x[BLOCK * MAX_DIM];
             const int64_t n = b - t < BLOCK ? b - t : BLOCK;
-            decode_channels(run, head, t, n, D, x);
+            decode_channels(run, head, t, n, D, x, D);
             dense_dot<R>(q, reinterpret_cast<const F32 *>(x), n, D, s + (t - a), stride);
         }
+        return;
+    default: return;  // a tile
     }
 }
 

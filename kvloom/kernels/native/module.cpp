@@ -1,11 +1,9 @@
 // Python's side: reads what `kvloom/kernels/native.py` describes, picks an instruction set, shares out splits.
-#include <nanobind/nanobind.h>
-
 #include <cstdlib>
 #include <string>
 
+#include "described.h"
 #include "entropy.h"
-#include "job.h"
 #include "pool.h"
 
 namespace nb = nanobind;
@@ -56,53 +54,6 @@ const Kernels &kernels() {
     return found;
 }
 
-void check(PyObject *t, Py_ssize_t least) {
-    if (!PyTuple_CheckExact(t) || PyTuple_GET_SIZE(t) < least) throw nb::type_error("a description of another form");
-}
-
-int64_t number(PyObject *tuple, int i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i)); }
-
-template <class T>
-T *pointer(PyObject *tuple, int i) {
-    return reinterpret_cast<T *>(number(tuple, i));
-}
-
-Run run_of(PyObject *t) {
-    check(t, 5);
-    Run run;
-    run.kind = Kind(number(t, 0)), run.n = number(t, 1);
-    run.data = pointer<const uint8_t>(t, 2), run.head = number(t, 3);
-    run.q = pointer<const float>(t, 4);
-    if (run.kind >= TOKENS) {
-        check(t, 13);
-        run.bits = int(number(t, 5)), run.group = int(number(t, 6));
-        run.scale = pointer<const uint8_t>(t, 7), run.scale_head = number(t, 8);
-        run.zero = pointer<const uint8_t>(t, 9), run.zero_head = number(t, 10);
-        run.small = Kind(number(t, 11));
-        run.whole = number(t, 12) != 0 && run.bits <= 4 && kernels().whole;
-    }
-    return run;
-}
-
-Job job_of(PyObject *t) {
-    check(t, 9);
-    Job job{int(number(t, 0)), int(number(t, 1)), int(number(t, 2)), int(number(t, 3)),
-            float(PyFloat_AsDouble(PyTuple_GET_ITEM(t, 4))), float(PyFloat_AsDouble(PyTuple_GET_ITEM(t, 5))),
-            pointer<float>(t, 6), pointer<float>(t, 7), {}};
-    PyObject *segments = PyTuple_GET_ITEM(t, 8);
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(segments); i++) {
-        PyObject *s = PyList_GET_ITEM(segments, i);
-        check(s, 6);
-        Segment segment{number(s, 0), pointer<const float>(s, 1), number(s, 2), pointer<float>(s, 3), {}, {}};
-        PyObject *keys = PyTuple_GET_ITEM(s, 4), *values = PyTuple_GET_ITEM(s, 5);
-        for (Py_ssize_t j = 0; j < PyList_GET_SIZE(keys); j++) segment.keys.push_back(run_of(PyList_GET_ITEM(keys, j)));
-        for (Py_ssize_t j = 0; j < PyList_GET_SIZE(values); j++)
-            segment.values.push_back(run_of(PyList_GET_ITEM(values, j)));
-        job.segments.push_back(std::move(segment));
-    }
-    return job;
-}
-
 struct Item {
     int job, segment, head;
     int64_t start, stop;
@@ -144,26 +95,6 @@ void attend(const std::vector<Job> &jobs, int threads) {
             kernels().merge(job, head, parts.data() + first[n], int(first[n + 1] - first[n]));
 }
 
-Matrix matrix_of(PyObject *t) {
-    check(t, 4);
-    return {Kind(number(t, 0)), pointer<const uint8_t>(t, 1), number(t, 2), number(t, 3)};
-}
-
-Prefill prefill_of(PyObject *t) {
-    check(t, 16);
-    return {int(number(t, 0)), int(number(t, 1)), int(number(t, 2)), int(number(t, 3)), number(t, 4), number(t, 5), number(t, 6),
-            number(t, 7) != 0, float(PyFloat_AsDouble(PyTuple_GET_ITEM(t, 8))), float(PyFloat_AsDouble(PyTuple_GET_ITEM(t, 9))),
-            matrix_of(PyTuple_GET_ITEM(t, 10)), matrix_of(PyTuple_GET_ITEM(t, 11)), matrix_of(PyTuple_GET_ITEM(t, 12)),
-            pointer<uint8_t>(t, 13), pointer<float>(t, 14), pointer<float>(t, 15)};
-}
-
-Encode encode_of(PyObject *t) {
-    check(t, 11);
-    return {int(number(t, 0)), int(number(t, 1)), int(number(t, 2)), int(number(t, 3)), number(t, 4), number(t, 5) != 0,
-            Kind(number(t, 6)), matrix_of(PyTuple_GET_ITEM(t, 7)), pointer<uint8_t>(t, 8), pointer<uint8_t>(t, 9),
-            pointer<uint8_t>(t, 10)};
-}
-
 void encode(const Encode &e, int threads) {
     const int64_t count = e.along_tokens ? e.n / e.group : e.n, each = e.along_tokens ? 1 : 64, pieces = (count + each - 1) / each;
     Pool::get().run(int(pieces * e.h), double(e.n) * e.h * e.dim > WORTH / 8 ? threads : 1, [&](int i) {
@@ -195,13 +126,14 @@ NB_MODULE(_native, m) {
     m.attr("isa") = kernels().name;
     m.attr("whole") = kernels().whole;  // whether it multiplies packed codes in whole numbers where it may
     m.attr("max_dim") = MAX_DIM;
+    m.attr("max_width") = MAX_WIDTH;  // of what a tile begins with
     m.attr("version") = 1;
     m.def(
         "attend",
         [](nb::list described, int threads) {
             std::vector<Job> jobs;
             for (Py_ssize_t i = 0; i < PyList_GET_SIZE(described.ptr()); i++)
-                jobs.push_back(job_of(PyList_GET_ITEM(described.ptr(), i)));
+                jobs.push_back(job_of(PyList_GET_ITEM(described.ptr(), i), kernels().whole));
             if (PyErr_Occurred()) throw nb::python_error();
             nb::gil_scoped_release release;
             attend(jobs, threads);

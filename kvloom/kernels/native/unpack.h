@@ -117,16 +117,33 @@ inline void scaled(const uint8_t *codes, int n, float scale, float zero, float *
     for (; i < n; i++) x[i] = codes[i] * scale + zero;
 }
 
-// The slots [t, t + n) of a run with groups along channels: x [n, D].
-inline void decode_channels(const Run &run, int head, int64_t t, int64_t n, int D, float *x) {
+// The slots [t, t + n) of a run with groups along channels: x [n, D], rows `step` apart.
+inline void decode_channels(const Run &run, int head, int64_t t, int64_t n, int D, float *x, int step) {
     const int G = run.group, bytes = D * run.bits / 8, groups = D / G;
-    uint8_t row[MAX_DIM];
-    float scale[MAX_DIM / 8], zero[MAX_DIM / 8];
+    static thread_local Scratch<float> scratch;
+    float *scale = scratch.room(size_t(2) * groups + D), *zero = scale + groups;
+    uint8_t *row = reinterpret_cast<uint8_t *>(zero + groups);
     for (int64_t i = 0; i < n; i++) {
         unpack(run.data + head * run.head + (t + i) * bytes, run.bits, D, row);
         numbers(run.small, run.scale + head * run.scale_head, (t + i) * groups, groups, scale);
         numbers(run.small, run.zero + head * run.zero_head, (t + i) * groups, groups, zero);
-        for (int g = 0; g < groups; g++) scaled(row + g * G, G, scale[g], zero[g], x + i * D + g * G);
+        for (int g = 0; g < groups; g++) scaled(row + g * G, G, scale[g], zero[g], x + i * step + g * G);
+    }
+}
+
+// The slots [t, t + n) of one unit of a run with groups along tokens: x [n, D], rows `step` apart.
+inline void decode_tokens(const Run &run, int head, int64_t t, int n, int D, float *x, int step) {
+    const int G = run.group, bytes = G * run.bits / 8;
+    const int64_t u = t / G;
+    const int from = int(t - u * G);
+    static thread_local Scratch<float> scratch;
+    float *scale = scratch.room(size_t(2) * D + G), *zero = scale + D;
+    uint8_t *row = reinterpret_cast<uint8_t *>(zero + D);
+    numbers(run.small, run.scale + head * run.scale_head, u * D, D, scale);
+    numbers(run.small, run.zero + head * run.zero_head, u * D, D, zero);
+    for (int d = 0; d < D; d++) {
+        unpack(run.data + head * run.head + (u * D + d) * bytes, run.bits, G, row);
+        for (int i = 0; i < n; i++) x[i * step + d] = row[from + i] * scale[d] + zero[d];
     }
 }
 

@@ -9,13 +9,13 @@ namespace {
 
 using namespace kvloom;
 
-constexpr int TILE = 64;  // slots whose values stay in the first cache while all their channels are summed
+constexpr int MIXED = 64;  // slots whose values stay in the first cache while all their channels are summed
 
 // out[r, :] += sum over t of p[r * stride + t] v[t]; v [n, D].
 template <int R, class T>
 void dense_mix(const float *p, int stride, const T *v, int64_t n, int D, float *out) {
-    for (int64_t t0 = 0; t0 < n; t0 += TILE) {
-        const int m = n - t0 < TILE ? int(n - t0) : TILE;
+    for (int64_t t0 = 0; t0 < n; t0 += MIXED) {
+        const int m = n - t0 < MIXED ? int(n - t0) : MIXED;
         const T *rows = v + t0 * D;
         const float *w = p + t0;
         int d = 0;
@@ -24,7 +24,7 @@ void dense_mix(const float *p, int stride, const T *v, int64_t n, int D, float *
             for (int r = 0; r < R; r++) a[r] = load(out + r * D + d), b[r] = load(out + r * D + d + W);
             for (int t = 0; t < m; t++) {
                 const vf x = load(rows + t * D + d), y = load(rows + t * D + d + W);
-                prefetch(rows + (TILE * D + (d * m + t * 2 * W)));  // the next tile, in its own order
+                prefetch(rows + (MIXED * D + (d * m + t * 2 * W)));  // the next tile, in its own order
                 for (int r = 0; r < R; r++) {
                     const vf each = splat(w[r * stride + t]);
                     a[r] += each * x;
@@ -45,32 +45,32 @@ void dense_mix(const float *p, int stride, const T *v, int64_t n, int D, float *
     }
 }
 
-// Numbers of n slots, one for each group of channels: out [groups, TILE] from [n, groups].
+// Numbers of n slots, one for each group of channels: out [groups, MIXED] from [n, groups].
 inline void columns(Kind kind, const uint8_t *data, int64_t t0, int n, int groups, float *out) {
-    alignas(64) float rows[TILE * (MAX_DIM / 8)];
+    alignas(64) float rows[MIXED * (MAX_DIM / 8)];
     numbers(kind, data, t0 * groups, n * groups, groups == 1 ? out : rows);
     if (groups == 2) {  // a stride known to the compiler
-        for (int t = 0; t < n; t++) out[t] = rows[2 * t], out[TILE + t] = rows[2 * t + 1];
+        for (int t = 0; t < n; t++) out[t] = rows[2 * t], out[MIXED + t] = rows[2 * t + 1];
     } else if (groups == 4) {
         for (int g = 0; g < 4; g++)
-            for (int t = 0; t < n; t++) out[g * TILE + t] = rows[4 * t + g];
+            for (int t = 0; t < n; t++) out[g * MIXED + t] = rows[4 * t + g];
     } else if (groups > 1) {
         for (int g = 0; g < groups; g++)
-            for (int t = 0; t < n; t++) out[g * TILE + t] = rows[t * groups + g];
+            for (int t = 0; t < n; t++) out[g * MIXED + t] = rows[t * groups + g];
     }
 }
 
 #if defined(__AVX2__)
-// Up to TILE slots packed along channels, in whole numbers; scale and zero [groups, TILE].
+// Up to MIXED slots packed along channels, in whole numbers; scale and zero [groups, MIXED].
 template <int R>
 void packed_mix_whole(const float *p, int stride, const float *scale, const float *zero, const uint8_t *data, int bits, int G, int n,
                       int D, float *out) {
-    Whole<R, TILE> by;
+    Whole<R, MIXED> by;
     static thread_local Scratch<uint8_t> scratch;
     uint8_t *codes = scratch.room(size_t(n + PAD - 1) / PAD * PAD * D);
     side_by_side(data, bits, D, n, codes);
     for (int g = 0; g * G < D; g++) {
-        fold_whole(p, stride, scale + g * TILE, zero + g * TILE, n, bits, by);
+        fold_whole(p, stride, scale + g * MIXED, zero + g * MIXED, n, bits, by);
         each_eight(codes, D, g * G, (g + 1) * G, n, bits, by, [&](int r, int first, __m256 found) {
             float *mine = out + r * D + first;
             _mm256_storeu_ps(mine, _mm256_add_ps(_mm256_loadu_ps(mine), found));
@@ -79,12 +79,12 @@ void packed_mix_whole(const float *p, int stride, const float *scale, const floa
 }
 #endif
 
-// Up to TILE slots packed along channels. The scale of a slot folds into its weight, its minimum into one number for each
+// Up to MIXED slots packed along channels. The scale of a slot folds into its weight, its minimum into one number for each
 // group of channels; then codes are multiplied as they are, with channels in the lanes.
 template <int R>
 void packed_mix(const float *p, int stride, const Run &run, int head, int64_t t0, int n, int D, float *out) {
     const int G = run.group, groups = D / G, row = D * run.bits / 8;
-    alignas(64) float scale[TILE * (MAX_DIM / 8)], zero[TILE * (MAX_DIM / 8)];
+    alignas(64) float scale[MIXED * (MAX_DIM / 8)], zero[MIXED * (MAX_DIM / 8)];
     const uint8_t *codes = run.data + head * run.head, *scales = run.scale + head * run.scale_head;
     const uint8_t *zeros = run.zero + head * run.zero_head;
     ask(codes + (t0 + n) * row, n * row), ask(scales + (t0 + n) * groups * 2, n * groups * 2);
@@ -94,14 +94,14 @@ void packed_mix(const float *p, int stride, const Run &run, int head, int64_t t0
     if (run.whole) return packed_mix_whole<R>(p, stride, scale, zero, codes + t0 * row, run.bits, G, n, D, out);
 #endif
     static thread_local Scratch<float> scratch;
-    float *weights = scratch.room(size_t(groups) * R * TILE), base[R];  // [groups, R, TILE]
+    float *weights = scratch.room(size_t(groups) * R * MIXED), base[R];  // [groups, R, MIXED]
     for (int g = 0; g < groups; g++) {
-        fold<R, TILE>(p, stride, scale + g * TILE, zero + g * TILE, n, weights + g * R * TILE, base);
+        fold<R, MIXED>(p, stride, scale + g * MIXED, zero + g * MIXED, n, weights + g * R * MIXED, base);
         for (int r = 0; r < R; r++)
             for (int d = g * G; d < (g + 1) * G; d++) out[r * D + d] += base[r];
     }
-    each_lanes<R, TILE>(
-        codes + t0 * row, run.bits, D, n, [&](int first) { return weights + first / G * R * TILE; },
+    each_lanes<R, MIXED>(
+        codes + t0 * row, run.bits, D, n, [&](int first) { return weights + first / G * R * MIXED; },
         [&](int first, const float *sums) {
             for (int r = 0; r < R; r++) {
                 float *mine = out + r * D + first;
@@ -114,22 +114,7 @@ void packed_mix(const float *p, int stride, const Run &run, int head, int64_t t0
         });
 }
 
-// The slots [t, t + n) of a unit of values packed along tokens, decoded: x [n, D].
-inline void decode_tokens(const Run &run, int head, int64_t t, int n, int D, float *x) {
-    const int G = run.group, bytes = G * run.bits / 8;
-    const int64_t u = t / G;
-    const int from = int(t - u * G);
-    alignas(64) float scale[MAX_DIM], zero[MAX_DIM];
-    numbers(run.small, run.scale + head * run.scale_head, u * D, D, scale);
-    numbers(run.small, run.zero + head * run.zero_head, u * D, D, zero);
-    static thread_local Scratch<uint8_t> scratch;
-    uint8_t *row = scratch.room(G);
-    for (int d = 0; d < D; d++) {
-        unpack(run.data + head * run.head + (u * D + d) * bytes, run.bits, G, row);
-        for (int i = 0; i < n; i++) x[i * D + d] = row[from + i] * scale[d] + zero[d];
-    }
-}
-
+// out [R, D] += weights p times the slots [a, b) of a run.
 template <int R>
 void value_rows(const Run &run, int head, int64_t a, int64_t b, int D, const float *p, int stride, float *out) {
     const uint8_t *data = run.data + head * run.head;
@@ -139,13 +124,13 @@ void value_rows(const Run &run, int head, int64_t a, int64_t b, int D, const flo
     case BFLOAT16: return dense_mix<R>(p, stride, reinterpret_cast<const BF16 *>(data) + a * D, b - a, D, out);
     case CHANNELS: {
         const bool lanes = (WHOLE && run.whole) || run.group % W == 0 || run.group == D;  // channels of one vector share a scale
-        for (int64_t t = a; t < b; t += lanes ? TILE : BLOCK) {
-            const int n = int(b - t < (lanes ? TILE : BLOCK) ? b - t : (lanes ? TILE : BLOCK));
+        for (int64_t t = a; t < b; t += lanes ? MIXED : BLOCK) {
+            const int n = int(b - t < (lanes ? MIXED : BLOCK) ? b - t : (lanes ? MIXED : BLOCK));
             if (lanes) {
                 packed_mix<R>(p + (t - a), stride, run, head, t, n, D, out);
             } else {
                 alignas(64) float x[BLOCK * MAX_DIM];
-                decode_channels(run, head, t, n, D, x);
+                decode_channels(run, head, t, n, D, x, D);
                 dense_mix<R>(p + (t - a), stride, reinterpret_cast<const F32 *>(x), n, D, out);
             }
         }
@@ -157,10 +142,12 @@ void value_rows(const Run &run, int head, int64_t a, int64_t b, int D, const flo
             const int64_t end = (t / run.group + 1) * run.group;
             int64_t n = (end < b ? end : b) - t;
             n = n < BLOCK ? n : BLOCK;
-            decode_tokens(run, head, t, int(n), D, x);
+            decode_tokens(run, head, t, int(n), D, x, D);
             dense_mix<R>(p + (t - a), stride, reinterpret_cast<const F32 *>(x), n, D, out);
             t += n;
         }
+        return;
+    default: return;  // a tile
     }
 }
 

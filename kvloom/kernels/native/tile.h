@@ -1,0 +1,248 @@
+// Attention over what is decoded tile by tile: a block of slots that stays in the first cache while it is used.
+#pragma once
+
+#include "stages.h"
+#include "table.h"
+
+namespace {
+
+using namespace kvloom;
+
+inline int vectors(int n) { return (n + W - 1) / W * W; }
+
+// How a run is decoded: slots at a time, floats of room, and what of the last stage can be done to logits and weights instead.
+struct Plan {
+    int slots, most, step, wide, rest;
+    const Stage *folded = nullptr;  // one scale and one minimum for each slot
+    size_t count;                   // stages that are done to tiles
+
+    explicit Plan(const Run &run) : most(vectors(run.width)), step(vectors(run.wide)), wide(run.wide), count(run.stages.size()) {
+        for (const Stage &stage : run.stages)
+            if (stage.op == EXPAND && vectors(stage.x) > most) most = vectors(stage.x);
+        if (step > most) most = step;
+        rest = 2 * most;
+        for (const Stage &stage : run.stages) {
+            if (stage.op == PRODUCT && stage.x * (2 * most + 1) > rest) rest = stage.x * (2 * most + 1);
+            if (stage.op == TURN && 2 * stage.c.count > rest) rest = 2 * stage.c.count;
+        }
+        slots = 64;
+        while (slots > 8 && slots * most > 4096) slots /= 2;
+        if (count) {
+            const Stage &last = run.stages[count - 1];
+            const auto fits = [](const Field &f) { return !f.data || (f.count == 1 && f.per == 1); };
+            if (last.op == AFFINE && fits(last.a) && fits(last.b)) folded = &last, count--;
+        }
+    }
+    // Two tiles, and what a stage needs.
+    size_t floats() const { return size_t(2 * slots) * most + rest; }
+};
+
+inline void decode_dense(const Run &run, int head, int64_t t, int m, int width, int step, float *x, float *room) {
+    const uint8_t *data = run.data + head * run.head + t * run.row;
+    const bool together = run.row == int64_t(width) * size_of(run.kind);
+    if (together && step == width) return numbers(run.kind, data, 0, m * width, x);
+    if (together) numbers(run.kind, data, 0, m * width, room);
+    for (int i = 0; i < m; i++) {
+        if (together) memcpy(x + i * step, room + i * width, width * sizeof(float));
+        else numbers(run.kind, data + i * run.row, 0, width, x + i * step);
+    }
+}
+
+// The slots [t, t + m) as fp32, [m, wide] in rows `plan.step` apart, zeros behind.
+inline const float *decode_tile(const Run &run, const Plan &plan, int head, int64_t t, int m, Cursor &cursor, float *room) {
+    float *x = room, *other = room + size_t(plan.slots) * plan.most, *rest = other + size_t(plan.slots) * plan.most;
+    const Run &base = run.inner[0];
+    int width = run.width, step = vectors(width);
+    switch (base.kind) {
+    case TABLE: decode_table(base, head, t, m, width, x, step); break;
+    case CHANNELS: decode_channels(base, head, t, m, width, x, step); break;
+    case TOKENS:
+        for (int64_t at = t; at < t + m;) {
+            const int64_t next = (at / base.group + 1) * base.group, end = next < t + m ? next : t + m;
+            decode_tokens(base, head, at, int(end - at), width, x + (at - t) * step, step);
+            at = end;
+        }
+        break;
+    default: decode_dense(base, head, t, m, width, step, x, other);
+    }
+    if (step > width)
+        for (int i = 0; i < m; i++) memset(x + i * step + width, 0, (step - width) * sizeof(float));
+    for (size_t i = 0; i < plan.count; i++) {
+        const Stage &stage = run.stages[i];
+        switch (stage.op) {
+        case AFFINE: affine(stage, head, t, m, width, step, x, rest); break;
+        case PERMUTE: permute(stage, head, m, width, step, x, rest); break;
+        case PLACES: places(stage, head, t, m, width, step, x); break;
+        case SLOTS: slots(stage, head, t, m, width, step, x, cursor); break;
+        case PRODUCT: product_of(stage, head, t, m, width, step, x, rest); break;
+        case EXPAND: {
+            expand(stage, head, m, width, step, x, other, vectors(stage.x));
+            float *swap = x;
+            x = other, other = swap, width = stage.x, step = vectors(width);
+            break;
+        }
+        case TURN: turn(stage, head, t, m, step, x, rest); break;
+        case UNIT: unit(m, width, step, x); break;
+        }
+    }
+    return x;
+}
+
+inline float *tile_room(size_t floats) {
+    static thread_local Scratch<float> scratch;
+    return scratch.room(floats);
+}
+
+// The tiles of the slots [a, b): f(first slot, count, decoded).
+template <class F>
+void each_tile(const Run &run, const Plan &plan, int head, int64_t a, int64_t b, F f) {
+    Cursor cursor;
+    float *room = tile_room(plan.floats());
+    for (int64_t t = a; t < b;) {
+        int64_t end = (t / plan.slots + 1) * plan.slots;
+        if (run.right.per && (t / run.right.per + 1) * run.right.per < end) end = (t / run.right.per + 1) * run.right.per;
+        if (end > b) end = b;
+        f(t, int(end - t), decode_tile(run, plan, head, t, int(end - t), cursor, room));
+        t = end;
+    }
+}
+
+// The matrix [D, wide] of the slot t, in rows `step` apart.
+inline void right_of(const Run &run, int head, int64_t t, int D, int step, float *out) {
+    const uint8_t *row = row_of(run.right, head, t);
+    for (int d = 0; d < D; d++) {
+        read(run.right.kind, row + int64_t(d) * run.wide * size_of(run.right.kind), run.wide, out + d * step);
+        for (int i = run.wide; i < step; i++) out[d * step + i] = 0;
+    }
+}
+
+// What queries and sums of a tile need, apart from the tile itself.
+inline float *beside(size_t floats) {
+    static thread_local Scratch<float> scratch;
+    return scratch.room(floats);
+}
+
+// Logits of queries q [R, D], or [R, wide] where nothing is to the right, times `scale`.
+template <int R>
+void tile_dot(const Run &run, const float *q, float scale, int head, int64_t a, int64_t b, int D, float *s, int stride) {
+    const Plan plan(run);
+    const int step = plan.step;
+    float *by = beside(size_t(2 * R) * MAX_DIM + (run.right.data ? size_t(D) * step : 0)), *right = by + 2 * R * MAX_DIM;
+    float *scaled = by + R * MAX_DIM, all[R];
+    const auto ask = [&](int64_t t) {
+        if (run.right.data) {
+            right_of(run, head, t, D, step, right);
+            for (int i = 0; i < R * D; i++) scaled[i] = q[i] * scale;
+            memset(by, 0, R * step * sizeof(float));
+            dense_mix<R>(scaled, D, reinterpret_cast<const F32 *>(right), D, step, by);
+        } else {
+            for (int r = 0; r < R; r++)
+                for (int i = 0; i < step; i++) by[r * step + i] = i < plan.wide ? q[r * plan.wide + i] * scale : 0;
+        }
+        for (int r = 0; r < R; r++) {
+            all[r] = 0;
+            for (int i = 0; i < plan.wide; i++) all[r] += by[r * step + i];
+        }
+    };
+    int64_t asked = -1;
+    each_tile(run, plan, head, a, b, [&](int64_t t, int m, const float *x) {
+        const int64_t now = run.right.per ? t / run.right.per : 0;
+        if (now != asked) ask(t), asked = now;
+        float *mine = s + (t - a);
+        dense_dot<R>(by, reinterpret_cast<const F32 *>(x), m, step, mine, stride);
+        if (plan.folded) {
+            float size[64], zero[64];
+            if (plan.folded->a.data) {
+                column(plan.folded->a, head, t, m, size);
+                for (int r = 0; r < R; r++)
+                    for (int i = 0; i < m; i++) mine[r * stride + i] *= size[i];
+            }
+            if (plan.folded->b.data) {
+                column(plan.folded->b, head, t, m, zero);
+                for (int r = 0; r < R; r++)
+                    for (int i = 0; i < m; i++) mine[r * stride + i] += zero[i] * all[r];
+            }
+        }
+    });
+}
+
+// out [R, D] += weights p times the slots [a, b).
+template <int R>
+void tile_mix(const Run &run, int head, int64_t a, int64_t b, int D, const float *p, int stride, float *out) {
+    const Plan plan(run);
+    const int step = plan.step;
+    const bool apart = run.right.data || step != D;
+    float *room = beside(size_t(2 * R) * MAX_DIM + (run.right.data ? size_t(D) * step : 0)), *right = room + 2 * R * MAX_DIM;
+    float *total = apart ? room : out, all[R] = {};
+    if (apart) memset(total, 0, R * step * sizeof(float));
+    const auto give = [&](int64_t t) {
+        for (int r = 0; r < R; r++) {
+            for (int i = 0; i < plan.wide; i++) total[r * step + i] += all[r];
+            all[r] = 0;
+        }
+        if (!apart) return;
+        float *from = total;
+        int rows = step;
+        if (run.right.data) {
+            right_of(run, head, t, D, step, right);
+            from = room + R * MAX_DIM, rows = D;
+            dense_dot<R>(total, reinterpret_cast<const F32 *>(right), D, step, from, D);
+        }
+        for (int r = 0; r < R; r++)
+            for (int d = 0; d < D; d++) out[r * D + d] += from[r * rows + d];
+        memset(total, 0, R * step * sizeof(float));
+    };
+    int64_t last = a;
+    each_tile(run, plan, head, a, b, [&](int64_t t, int m, const float *x) {
+        if (run.right.per && t / run.right.per != last / run.right.per) give(last);
+        last = t;
+        const float *by = p + (t - a);
+        int by_stride = stride;
+        float weights[R * 64], number[64];
+        if (plan.folded) {
+            if (plan.folded->b.data) {
+                column(plan.folded->b, head, t, m, number);
+                for (int r = 0; r < R; r++)
+                    for (int i = 0; i < m; i++) all[r] += by[r * stride + i] * number[i];
+            }
+            if (plan.folded->a.data) {
+                column(plan.folded->a, head, t, m, number);
+                for (int r = 0; r < R; r++)
+                    for (int i = 0; i < m; i++) weights[r * 64 + i] = by[r * stride + i] * number[i];
+                by = weights, by_stride = 64;
+            }
+        }
+        dense_mix<R>(by, by_stride, reinterpret_cast<const F32 *>(x), m, step, total);
+    });
+    give(last);
+}
+
+// Logits against a run of any kind. `first`: the query row that begins.
+template <int R>
+void any_dot(const Job &job, const Run &run, int head, int first, int64_t a, int64_t b, float *s, int stride) {
+    if (run.kind == SUM) {
+        alignas(64) float more[R * SPLIT];
+        for (size_t i = 0; i < run.inner.size(); i++) {
+            any_dot<R>(job, run.inner[i], head, first, a, b, i ? more : s, i ? SPLIT : stride);
+            if (!i) continue;
+            for (int r = 0; r < R; r++)
+                for (int64_t t = 0; t < b - a; t++) s[r * stride + t] += more[r * SPLIT + t];
+        }
+        return;
+    }
+    const bool tile = run.kind == TILE;
+    const int dim = !tile && run.width ? run.width : job.dim;  // of the queries
+    const float *q = run.q + (int64_t(head) * job.rows + first) * (tile && !run.right.data ? run.wide : dim);
+    if (tile) return tile_dot<R>(run, q, job.scale, head, a, b, dim, s, stride);
+    key_rows<R>(run, q, job.scale, head, a, b, dim, s, stride);
+}
+
+template <int R>
+void any_mix(const Run &run, int head, int64_t a, int64_t b, int D, const float *p, int stride, float *out) {
+    if (run.kind == SUM)
+        for (const Run &term : run.inner) any_mix<R>(term, head, a, b, D, p, stride, out);
+    else if (run.kind == TILE) tile_mix<R>(run, head, a, b, D, p, stride, out);
+    else value_rows<R>(run, head, a, b, D, p, stride, out);
+}
+
+}  // namespace
