@@ -20,6 +20,8 @@ RECIPES = [
     "snapkv(budget=64, window=8, interval=8)",
     "pyramidkv(budget=64, window=8, interval=8)",
     "adakv(budget=64, window=8, interval=8)",
+    "kvcrush(budget=64, window=8, interval=8)",
+    "task-kv(budget=64, sinks=4, recent=20, window=8, interval=8)",
     "scissorhands(budget=64, window=16)",
     "expected-attention(budget=64, window=16, interval=8)",
     "razorattention(echo=0.2, induction=0.2, window=20, share=10)",

@@ -32,6 +32,7 @@ RECIPES = (
     "streamingllm(sinks=2, window=20)",
     "gear(bits=4, group=8, residual=16)",
     "zipcache(gap=16)",
+    "task_kv(budget=40, sinks=4, recent=10, window=8)",
 )
 
 

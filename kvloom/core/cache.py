@@ -192,6 +192,7 @@ class KVCache(Cache):
         super().__init__(layers=layers)
         attach.attach(model)
         self._registered = attach.registered(self.config)
+        self._carries: dict[int, dict[str, Any]] = {}
 
     def __repr__(self) -> str:
         return f"KVCache({self.recipe.name!r}, tokens={self.get_seq_length()}, {self.nbytes:,} bytes)"
@@ -200,7 +201,7 @@ class KVCache(Cache):
         twin = KVCache.__new__(KVCache)
         twin.__dict__.update(self.__dict__)
         memo[id(self)] = twin
-        twin.layers = []
+        twin.layers, twin._carries = [], {}
         for layer in self.layers:
             if isinstance(layer, KVLayer):
                 other = KVLayer(twin, layer.site)
@@ -244,6 +245,10 @@ class KVCache(Cache):
                 "this cache was reached through an attention implementation that is not kvloom's: it was made for another "
                 "model, or the model's attention was switched since. Make a new KVCache(model, recipe)."
             )
+
+    def carry(self, row: int) -> dict[str, Any]:
+        """What layers of a row of the batch leave for later ones in the same forward."""
+        return self._carries.setdefault(row, {})
 
     def managed(self) -> Iterator[KVLayer]:
         return (layer for layer in self.layers if isinstance(layer, KVLayer))

@@ -159,7 +159,7 @@ class _Step(Step):
         yield torch.tensor([self.length - 1]), torch.rand(self.heads, 1, 1, table.n)
 
     def window(self, table: Table, rows: int) -> Tensor:
-        return torch.rand(self.heads, 1, table.n)
+        return torch.rand(self.heads, self.site.group, table.n)
 
     def probed(self, table: Table, rows: Tensor) -> Tensor:
         return torch.rand(self.heads, 1, table.n)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -88,6 +88,7 @@ class Layer:
         self.length = self.prompt = self.dropped_at = 0
         self.recent: Buffer | None = None  # the newest queries [Hq, w, D]
         self.defer = False
+        self.carry: dict[str, Any] = {}  # one for all layers of a sequence
         self._pending: _Pending | None = None
         self._calm: float = 0  # up to this length, a decoded token needs no placement
         kinds = recipe.kinds.values()
@@ -229,7 +230,7 @@ class Layer:
             self.step(
                 self.site, rows.phase, group, self.recipe.classes, group.pick(rows.q), group.pick(rows.lse), rows.first,
                 self.length, self.prompt, rows.logits, None if recent is None else group.pick(recent),
-                rows.seen[i] if rows.seen else None,
+                rows.seen[i] if rows.seen else None, carry=self.carry,
             )
             for i, group in enumerate(self.groups)
         ]  # fmt: skip

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ class Step:
     q [h, g, m, D]; lse [h, g, m] of those rows over all that they saw; `first`: text index of row 0;
     `recent` [h, g, w, D]: the newest queries, older forwards included; `length`: tokens seen so far, these rows included;
     `prompt`: how many of them were prompt; `seen`: [h, g, n] attention of a single new row, where it was emitted;
-    `budget`: slots that each head may keep, by the policy's budget.
+    `budget`: slots that each head may keep, by the policy's budget; `carry`: what an earlier layer of the sequence left for
+    this one, in the same forward.
     """
 
     site: Site
@@ -45,6 +47,7 @@ class Step:
     recent: Tensor | None = None
     seen: dict[str, Tensor] | None = None
     budget: int | None = None
+    carry: dict[str, Any] = field(default_factory=dict)
 
     @property
     def heads(self) -> int:
@@ -61,7 +64,7 @@ class Step:
         recent = None if self.recent is None else self.recent[at]
         return type(self)(
             self.site, self.phase, group, self.classes, self.q[at], self.lse[at], self.first, self.length,
-            self.prompt, self.logits, recent, seen, self.budget,
+            self.prompt, self.logits, recent, seen, self.budget, self.carry,
         )  # fmt: skip
 
     def mass(self, table: Table) -> Tensor:

@@ -67,6 +67,7 @@ class Update:
         places: list[tuple[int, Tensor | None]] = []
         forwards = []
         for b, row in enumerate(self.layer.rows):
+            row.layer.carry = self.layer.cache.carry(b)
             real = held.real(b) if held is not None else None
             start = row.layer.length
             _note(row.gaps, start, self.offset, real)

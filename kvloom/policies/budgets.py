@@ -14,7 +14,7 @@ from kvloom.core.site import Site
 from kvloom.core.step import Step
 from kvloom.errors import RecipeError
 
-__all__ = ["Burst", "Nothing", "Pyramid", "Size", "Tokens", "fraction", "read_bytes"]
+__all__ = ["Burst", "Nothing", "Pyramid", "Shares", "Size", "Tokens", "fraction", "read_bytes"]
 
 Size = int | float | str
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -155,6 +155,44 @@ class Nothing:
 
     def __call__(self, step: Step) -> int | None:
         return 0
+
+
+@dataclass(frozen=True)
+class Shares(Tokens):
+    """`base` slots for every layer, the rest by `weights`; no layer more than thrice the mean (CompressKV, arXiv 2508.02401).
+
+    `weights`: one of every layer of the model. The layers that the recipe manages hold just `size` on average.
+    """
+
+    uneven: bool = True
+    base: int = 32
+    weights: tuple[float, ...] = ()
+    order: tuple[int, ...] = ()
+
+    def bind(self, recipe: Recipe, sites: list[Site]) -> Tokens:
+        return Tokens.bind(replace(self, order=tuple(site.layer for site in sites)), recipe, sites)
+
+    def _needed(self, recipe: Recipe, sites: list[Site], n: int) -> int:
+        return sum(map(partial(self._layer, recipe), sites, self.split(n)))
+
+    def __call__(self, step: Step) -> int | None:
+        size = super().__call__(step)
+        return size if size is None else self.split(size)[self.order.index(step.site.layer)]
+
+    def split(self, size: int) -> list[int]:
+        """Slots of every layer."""
+        count, base, most = len(self.order), min(self.base, size), 3 * size
+        weights = [self.weights[layer] if self.weights else 1.0 for layer in self.order]
+        whole = sum(weights) or 1.0
+        found = [min(most, base + int((size - base) * count * w / whole)) for w in weights]
+        ranked = sorted(range(count), key=lambda i: -weights[i])
+        while (
+            left := size * count - sum(found)
+        ) > 0:  # whole slots that rounding and the cap left over, best layers first
+            for i in ranked:
+                add = min(most - found[i], -(-left // count), size * count - sum(found))
+                found[i] += add
+        return found
 
 
 def fraction(ratio: float, of: int) -> int:

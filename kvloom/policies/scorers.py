@@ -16,7 +16,7 @@ from kvloom.core.segment import Segment
 from kvloom.core.step import Step
 from kvloom.errors import RecipeError, unknown
 
-__all__ = ["Accumulated", "Distinct", "Expected", "LastToken", "Probes", "Window"]
+__all__ = ["Accumulated", "Chosen", "Distinct", "Expected", "LastToken", "Probes", "Window"]
 
 BLOCK = 1024  # slots or queries at a time, where a scorer makes something of their size
 
@@ -25,12 +25,14 @@ BLOCK = 1024  # slots or queries at a time, where a scorer makes something of th
 class Window:
     """Attention of the newest `queries` tokens, summed, smoothed over neighbours, averaged over a KV head's queries.
 
-    The observation window of SnapKV (arXiv 2404.14469). Slots of the window itself score 0: a placement keeps them.
+    The observation window of SnapKV (arXiv 2404.14469). Slots of the window itself score 0, as a placement keeps them, unless
+    `own`.
     """
 
     queries: int
     kernel: int
     pool: Literal["max", "avg"]
+    own: bool = False
     columns = 0
 
     def __post_init__(self) -> None:
@@ -42,16 +44,35 @@ class Window:
             raise RecipeError("pool: " + unknown("value", str(self.pool), ("max", "avg")))
 
     def __call__(self, step: Step, table: Table) -> Tensor:
+        return self.pooled(step, table).mean(1)
+
+    def pooled(self, step: Step, table: Table) -> Tensor:
+        """Of every query head, [h, g, n]."""
         mass = step.window(table, self.queries)
         index = table.index
-        inside = (index >= step.length - self.queries)[:, None]
-        mass = mass.masked_fill(inside, 0.0).flatten(0, 1)[:, None]
+        if not self.own:
+            mass = mass.masked_fill((index >= step.length - self.queries)[:, None], 0.0)
+        mass = mass.flatten(0, 1)[:, None]
         pool = F.max_pool1d if self.pool == "max" else F.avg_pool1d
         # Neighbours are neighbours in the text; slots may have changed places since.
         order = index.argsort(-1).repeat_interleave(len(mass) // len(index), 0)[:, None]
         pooled: Tensor = pool(mass.gather(-1, order), self.kernel, 1, self.kernel // 2)
         pooled = torch.empty_like(mass).scatter_(-1, order, pooled)
-        return pooled.reshape(step.heads, -1, table.n).mean(1)
+        return pooled.reshape(step.heads, -1, table.n)
+
+
+@dataclass(frozen=True)
+class Chosen(Window):
+    """`Window` by some query heads of the layer alone, their average for all KV heads (CompressKV, arXiv 2508.02401).
+
+    `finders`: numbers of these heads in every layer of the model. For placements of scope "layer".
+    """
+
+    finders: tuple[tuple[int, ...], ...] = ()
+
+    def __call__(self, step: Step, table: Table) -> Tensor:
+        pooled = self.pooled(step, table).flatten(0, 1)
+        return pooled[list(self.finders[step.site.layer])].mean(0).expand(step.heads, -1)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from kvloom.core import profile as profiles
 from kvloom.core.card import Card
-from kvloom.core.group import Group, Table
 from kvloom.core.recipe import Policy, Recipe
 from kvloom.core.registry import recipe
 from kvloom.core.segment import Kind
@@ -23,6 +22,7 @@ from kvloom.errors import ProfileError, RecipeError
 from kvloom.policies.budgets import Tokens
 from kvloom.policies.placements import Keep
 from kvloom.policies.retrieval_heads import measure
+from kvloom.policies.roles import Heads, Local, of_group
 
 CARD = Card(
     name="razorattention",
@@ -45,7 +45,6 @@ CARD = Card(
 )
 EVERY = 16
 _measured: WeakKeyDictionary[PreTrainedModel, dict[str, Tensor]] = WeakKeyDictionary()
-Heads = tuple[tuple[bool, ...], ...]
 
 
 @recipe(CARD)
@@ -94,7 +93,7 @@ def razorattention(
         return split(tuple(tuple(row) for row in flags.unflatten(0, (layers, -1)).tolist()))
 
     def split(heads: Heads) -> Recipe:
-        place = _Local(sinks=sinks, to="mean", retrieval=heads)
+        place = Local(sinks=sinks, to="mean", whole=heads)
         size = _LocalSize(
             budget or 1.0, sinks=sinks, window=window, share=share, retrieval=heads, given=budget is not None
         )
@@ -144,11 +143,6 @@ def _retrieval_heads(scores: dict[str, Tensor], echo: float, induction: float, m
     return tuple(tuple(row) for row in chosen.unflatten(0, (-1, kv_heads)).tolist())
 
 
-def _retrieves(heads: Heads, layer: int, group: Group) -> Tensor:
-    flags = torch.tensor(heads[layer])
-    return flags if group.heads is None else flags[group.heads.cpu()]
-
-
 @dataclass(frozen=True)
 class _LocalSize(Tokens):
     """Slots of a local head without the compensation slot; None where all heads of the group are retrieval heads."""
@@ -160,22 +154,9 @@ class _LocalSize(Tokens):
     given: bool = False
 
     def __call__(self, step: Step) -> int | None:
-        if bool(_retrieves(self.retrieval, step.site.layer, step.group).all()):
+        if bool(of_group(self.retrieval, step.site.layer, step.group).all()):
             return None
         if self.given:
             total = super().__call__(step)
             return None if total is None else total - 1
         return self.sinks + max(self.window, step.prompt // self.share)
-
-
-@dataclass(frozen=True)
-class _Local(Keep):
-    """Both ends stay in local heads; retrieval heads keep all."""
-
-    retrieval: Heads = ()
-
-    def route(self, step: Step, table: Table, scores: Tensor | None, budget: int) -> Tensor:
-        route = super().route(step, table, scores, budget).expand(step.heads, -1).clone()
-        keeps = _retrieves(self.retrieval, step.site.layer, step.group).to(route.device)
-        route[keeps] = step.classes.index("main")
-        return route
