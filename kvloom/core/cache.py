@@ -23,7 +23,7 @@ from kvloom.core.registry import parse
 from kvloom.core.rope import Rope
 from kvloom.core.site import Site
 from kvloom.core.update import Update
-from kvloom.core.view import sites_of, text_config
+from kvloom.core.view import last_logits, sites_of, text_config
 from kvloom.errors import CacheError, ModelError
 
 __all__ = ["KVCache", "KVLayer"]
@@ -232,6 +232,34 @@ class KVCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx.cpu())  # all layers ask it: one wait for the GPU in place of one each
+
+    @torch.no_grad()
+    def probe(self, model: PreTrainedModel, ids: Tensor) -> None:
+        """Reads ids [B, m] behind what is cached, keeps nothing of them, and lets their queries settle what is cached.
+
+        Raises CacheError for an empty cache, or a recipe without a policy for probes.
+        """
+        if "probe" not in self.recipe.policy:
+            raise CacheError(
+                f"{self.recipe.name} has no policy for probes. Use a recipe that has one, such as epicache."
+            )
+        if self.get_seq_length() == 0:
+            raise CacheError("the cache is empty; feed it before it is probed.")
+        managed, others = list(self.managed()), {i: copy.deepcopy(self.layers[i]) for i in self.left_alone}
+        seen = [layer.seen for layer in managed]
+        for layer in managed:
+            for row in layer.rows:
+                row.layer.probing = True
+        try:
+            model(ids, past_key_values=self, use_cache=True, **last_logits(model))
+        finally:
+            for layer, before in zip(managed, seen, strict=True):
+                layer.seen = before
+                for row in layer.rows:
+                    row.layer.probed()
+                    row.gaps.cut(row.layer.length)
+            for i, layer in others.items():
+                self.layers[i] = layer
 
     def check_caller(self) -> None:
         """Raises if a model that should come through the registered attention function came another way."""

@@ -77,7 +77,8 @@ class Layer:
     """What one sequence holds in one layer.
 
     `length`: tokens seen; `prompt`: how many of them were prompt; `dropped_at`: the length when a slot was last given up;
-    `defer`: drafts are pending, so nothing lossy happens before the next `truncate` or forward.
+    `defer`: drafts are pending, so nothing lossy happens before the next `truncate` or forward. `probing`: the next rows are
+    questions only, see `probed`.
     """
 
     step: ClassVar[type[Step]] = Step
@@ -87,7 +88,7 @@ class Layer:
         self.groups = groups_of(recipe.kinds, site)
         self.length = self.prompt = self.dropped_at = 0
         self.recent: Buffer | None = None  # the newest queries [Hq, w, D]
-        self.defer = False
+        self.defer = self.probing = False
         self.carry: dict[str, Any] = {}  # one for all layers of a sequence
         self._pending: _Pending | None = None
         self._calm: float = 0  # up to this length, a decoded token needs no placement
@@ -108,9 +109,10 @@ class Layer:
         self.resolve()
         m, first = q.shape[1], self.length
         phase: Phase = "prompt" if first == 0 or (m > 1 and not self.defer) else "decode"
+        phase = "probe" if self.probing else phase
         policy = self.recipe.policy.get(phase)
         queries = 0 if policy is None or policy.score is None else policy.score.queries
-        emit = queries < 0 and m == 1 and first > 0 and visible is None and not self.defer
+        emit = phase == "decode" and queries < 0 and m == 1 and first > 0 and visible is None and not self.defer
         out, lse, seen = yield from self._attend(q, Rows(k, v, first), logits, visible, emit)
         if sinks is not None:
             total = torch.logaddexp(lse, sinks.float()[:, None])
@@ -121,17 +123,17 @@ class Layer:
             for group, logs in zip(self.groups, seen, strict=True):
                 for s in logs.values():
                     reference.exp_(s.sub_(group.pick(_folded(lse, k))))
-        if m == 1 and self.length <= self._calm and not self.defer:
+        if m == 1 and self.length <= self._calm and not (self.defer or self.probing):
             with torch.no_grad():
                 self._remember(q.detach())
                 self._freeze()
         elif policy is not None or self.defer or self._lossy:
             newest = min(m, self._window + (DRAFT if self.defer else 0)) if self._window else 0
             rows, held = _folded(q.detach(), k), _folded(lse.detach(), k)  # what is kept holds no graph
-            rows = rows if (queries < 0 and not emit) or self._fits else rows[:, :, m - newest :]
+            rows = rows if (queries < 0 and not emit) or self._fits or self.probing else rows[:, :, m - newest :]
             held = held if queries < 0 else held[:, :, :0]
             self._pending = _Pending(rows, held, first, phase, logits, seen if emit else None, m)
-            if not self.defer:
+            if not (self.defer or self.probing):
                 self.resolve()
         return out.to(q.dtype)
 
@@ -221,10 +223,21 @@ class Layer:
         if rows is not None:
             self._settle(rows)
 
+    def probed(self) -> None:
+        """Forgets the rows of the last forward, which were a probe, and lets what they asked settle what is stored."""
+        rows, self._pending, self.probing = self._pending, None, False
+        if rows is not None:
+            self.length = rows.first
+            for group in self.groups:
+                for segment in group:
+                    segment.truncate(self.length)
+            self._settle(rows)
+
     @torch.no_grad()
     def _settle(self, rows: _Pending) -> None:
         policy = self.recipe.policy.get(rows.phase)
-        self._remember(rows.q.flatten(0, 1))
+        if rows.phase != "probe":
+            self._remember(rows.q.flatten(0, 1))
         recent = None if self.recent is None else _folded(self.recent.view, rows.q)
         steps = [
             self.step(

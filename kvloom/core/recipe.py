@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DROP", "Allotment", "Away", "Budget", "Merger", "Phase", "Placement", "Policy", "Recipe", "Scorer"]
 
-Phase = Literal["prompt", "decode"]
+Phase = Literal["prompt", "decode", "probe"]
 DROP = -1
 SCOPES: tuple[Scope, ...] = ("head", "layer", "group", "model")
 
@@ -134,6 +134,7 @@ def _main() -> dict[str, Kind]:
 @dataclass(frozen=True)
 class Recipe:
     """A named composition. New tokens enter the class "main"; `policy` moves or drops slots, `kinds` says how each is stored.
+    Policies are by phase: "prompt", "decode", and "probe" for what `KVCache.probe` asks.
 
     `check(site)` raises where a layer can't be served. `prepare(model)` gives the recipe what it needs of a model, such as
     a profile. `sketch(config)` stands in for it where there is no model but its configuration, as in `kvloom plan`:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from kvloom.core.rope import Rope, rope_of
 from kvloom.core.site import Site
 from kvloom.errors import ModelError
 
-__all__ = ["fingerprint", "kv_heads_of", "sites_from", "sites_of", "text_config"]
+__all__ = ["fingerprint", "kv_heads_of", "last_logits", "sites_from", "sites_of", "text_config"]
 
 
 def text_config(model: PreTrainedModel) -> Any:
@@ -33,6 +34,11 @@ def sites_of(model: PreTrainedModel) -> dict[int, Site]:
     config = text_config(model)
     dtype = model.dtype if isinstance(model.dtype, torch.dtype) else torch.float32
     return sites_from(config, dtype, partial(partial, rope_of, model), f"model {type(model).__name__}")
+
+
+def last_logits(model: PreTrainedModel) -> dict[str, int]:
+    """The option of a forward that wants no more logits than the last token's, where the model has one."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def kv_heads_of(config: Any) -> int:

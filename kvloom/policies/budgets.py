@@ -14,7 +14,7 @@ from kvloom.core.site import Site
 from kvloom.core.step import Step
 from kvloom.errors import RecipeError
 
-__all__ = ["Burst", "Nothing", "Pyramid", "Shares", "Size", "Tokens", "fraction", "read_bytes"]
+__all__ = ["Burst", "Nothing", "Pyramid", "Shares", "Size", "Tokens", "Weighted", "fraction", "read_bytes"]
 
 Size = int | float | str
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -158,14 +158,10 @@ class Nothing:
 
 
 @dataclass(frozen=True)
-class Shares(Tokens):
-    """`base` slots for every layer, the rest by `weights`; no layer more than thrice the mean (CompressKV, arXiv 2508.02401).
-
-    `weights`: one of every layer of the model. The layers that the recipe manages hold just `size` on average.
-    """
+class Layered(Tokens):
+    """Layers keep unequally many, as `split` says; `order`: those that the recipe manages."""
 
     uneven: bool = True
-    base: int = 32
     weights: tuple[float, ...] = ()
     order: tuple[int, ...] = ()
 
@@ -180,19 +176,45 @@ class Shares(Tokens):
         return size if size is None else self.split(size)[self.order.index(step.site.layer)]
 
     def split(self, size: int) -> list[int]:
-        """Slots of every layer."""
+        """Slots of every layer, at a mean of `size`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Shares(Layered):
+    """`base` slots for every layer, the rest by `weights`; no layer more than thrice the mean (CompressKV, arXiv 2508.02401).
+
+    `weights`: one of every layer of the model. The layers that the recipe manages hold just `size` on average.
+    """
+
+    base: int = 32
+
+    def split(self, size: int) -> list[int]:
         count, base, most = len(self.order), min(self.base, size), 3 * size
         weights = [self.weights[layer] if self.weights else 1.0 for layer in self.order]
         whole = sum(weights) or 1.0
         found = [min(most, base + int((size - base) * count * w / whole)) for w in weights]
         ranked = sorted(range(count), key=lambda i: -weights[i])
-        while (
-            left := size * count - sum(found)
-        ) > 0:  # whole slots that rounding and the cap left over, best layers first
+        # whole slots that rounding and the cap left over, best layers first
+        while (left := size * count - sum(found)) > 0:
             for i in ranked:
                 add = min(most - found[i], -(-left // count), size * count - sum(found))
                 found[i] += add
         return found
+
+
+@dataclass(frozen=True)
+class Weighted(Layered):
+    """Layers keep by their `weights`, one number for each layer that the recipe manages; without them all alike.
+
+    None keeps less than a quarter of the mean; by what that adds, the layers exceed it together (EpiCache, arXiv 2509.17396).
+    """
+
+    def split(self, size: int) -> list[int]:
+        total = sum(self.weights)
+        if not total:
+            return [size] * len(self.order)
+        return [max(int(w / total * size * len(self.weights)), size // 4, 1) for w in self.weights]
 
 
 def fraction(ratio: float, of: int) -> int:

@@ -10,14 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvloom.core.attention import segment_logits
 from kvloom.core.codec import Plane
 from kvloom.core.group import Table
 from kvloom.core.segment import Segment
 from kvloom.core.step import Step
 from kvloom.errors import RecipeError, unknown
+from kvloom.kernels import reference
 
-__all__ = ["Accumulated", "Chosen", "Distinct", "Expected", "LastToken", "Probes", "Window"]
+__all__ = ["Accumulated", "Chosen", "Distinct", "Expected", "LastToken", "Peak", "Probes", "Window"]
 
+ROWS = 64  # queries at a time
 BLOCK = 1024  # slots or queries at a time, where a scorer makes something of their size
 
 
@@ -99,6 +102,39 @@ class LastToken:
     def __call__(self, step: Step, table: Table) -> Tensor:
         mean = step.window(table, 1).mean((0, 1))
         return mean.expand(step.heads, -1)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The largest share of attention that any query gives a slot, over all query heads of a KV head (KVzip, EpiCache).
+
+    Asks the rows of a probe, whose weights are over what is stored alone; after a prompt the newest `queries`, which see
+    what stands before them.
+    """
+
+    queries: int = 64
+    columns = 0
+
+    def __call__(self, step: Step, table: Table) -> Tensor:
+        q = step.q if step.phase == "probe" else step.recent
+        assert q is not None
+        m = q.shape[2]
+        at = torch.arange(step.length - m, step.length, device=q.device)
+        best = torch.zeros(step.heads, table.n, device=q.device)
+        for start in range(0, m, ROWS):
+            pieces = {}
+            for name, segment in step.group.segments.items():
+                if segment.n:
+                    rows = q[:, :, start : start + ROWS]
+                    s = segment_logits(rows, step.group, segment, step.logits, segment.n)
+                    if step.phase != "probe":
+                        ahead = segment.index[:, None, None, :] > at[start : start + ROWS, None]
+                        s.masked_fill_(ahead, -torch.inf)
+                    pieces[name] = s
+            lse = torch.logsumexp(torch.stack([s.logsumexp(-1) for s in pieces.values()]), 0)
+            shares = [reference.exp_(pieces[name] - lse[..., None]).amax((1, 2)) for name, _ in table.parts]
+            best = torch.maximum(best, torch.cat(shares, -1))
+        return best
 
 
 @dataclass(frozen=True)

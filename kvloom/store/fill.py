@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 
 from kvloom.core.blocks import Assembly
 from kvloom.core.cache import KVCache
+from kvloom.core.view import last_logits
 from kvloom.errors import CacheError, StoreError
 from kvloom.store import snapshot
 from kvloom.store.identity import START, ChunkKey, Identity, chunk_keys
@@ -234,5 +234,4 @@ class _Clock:
 
 @torch.no_grad()
 def _feed(model: PreTrainedModel, cache: KVCache, tokens: Sequence[int]) -> None:
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    model(torch.tensor([tokens], device=model.device), past_key_values=cache, use_cache=True, **last)
+    model(torch.tensor([tokens], device=model.device), past_key_values=cache, use_cache=True, **last_logits(model))
