@@ -48,7 +48,7 @@ class Neighbours:
 
 
 def recipe(budget: int | float = 24, decode: int | None = 4, lose: bool = False) -> Recipe:
-    policy = Policy(Tokens(budget), Neighbours(lose=lose), merge=Blend("mean", count=True))
+    policy = Policy(Tokens(budget), Neighbours(lose=lose), merge=Blend("mean", count="logits"))
     return Recipe("neighbours", {"prompt": policy} | ({"decode": replace(policy, every=decode)} if decode else {}))
 
 
@@ -113,7 +113,7 @@ def test_counts_add_up_and_means_stay_means(seed: int, rounds: int) -> None:
     """Merging in several rounds gives the mean of all tokens, and the log of how many they are."""
     rng = torch.Generator().manual_seed(seed)
     x = torch.randn(1, 2**rounds, 4, generator=rng)
-    held, merge = Rows(x, x * 2, 0), Blend("mean", count=True)
+    held, merge = Rows(x, x * 2, 0), Blend("mean", count="logits")
     for _ in range(rounds):
         n = held.n // 2
         a, b = (
@@ -159,7 +159,7 @@ def test_attention_counts_a_slot_as_its_tokens() -> None:
             return Away(slots, DROP, torch.full_like(slots, table.n - 1))
 
     x = torch.randn(2, 1, 8).expand(-1, 40, -1)
-    policy = Policy(Tokens(1), Last(), merge=Blend("mean", count=True))
+    policy = Policy(Tokens(1), Last(), merge=Blend("mean", count="logits"))
     from kvloom.core.attention import Logits
     from kvloom.core.layer import Layer, together
 

@@ -46,7 +46,12 @@ def check(model: Any, recipe: str, tokens: int, decoded: int = 0, limit: float =
     entries = [e for e in cache.report().entries if e.segment != "stock"]
     used, room = sum(e.nbytes for e in entries), sum(e.room for e in entries)
     held = forecast(cache.recipe, [layer.site for layer in cache.managed()], tokens, decoded)
-    assert sum(each.used for each in held) == pytest.approx(used, rel=limit)
+    sites = [layer.site for layer in cache.managed()]
+    uneven = any(policy.allot for policy in cache.recipe.policy.values())
+    parted = (
+        sum(8 * site.kv_heads for site in sites) if uneven else 0
+    )  # whether heads come out equal only the model knows
+    assert sum(each.used for each in held) == pytest.approx(used, rel=limit, abs=parted)
     if any(policy.allot for policy in cache.recipe.policy.values()):
         limit = max(limit, 0.02)  # empty room rounds up by group of heads, and which are equal only the model knows
     assert sum(each.room for each in held) == pytest.approx(room, rel=limit)

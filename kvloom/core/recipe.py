@@ -33,7 +33,8 @@ SCOPES: tuple[Scope, ...] = ("head", "layer", "group", "model")
 class Scorer(Protocol):
     """Importance of every slot of a table: [h, n] fp32, larger is kept longer.
 
-    `queries`: how many of the newest queries it looks at (0: none, -1: all of this forward).
+    `queries`: how many of the newest queries it looks at (0: none, -1: all of this forward). One that looks at all of this
+    forward and at some of those before says how many with `recent`.
     """
 
     @property
@@ -233,7 +234,8 @@ class Recipe:
     @property
     def window(self) -> int:
         """How many of the newest queries a scorer of any phase looks at."""
-        return max([0, *(p.score.queries for p in self.policy.values() if p.score is not None)])
+        scores = [p.score for p in self.policy.values() if p.score is not None]
+        return max([0, *(max(score.queries, getattr(score, "recent", 0)) for score in scores)])
 
     def state(self, site: Site) -> int:
         """Bytes of the newest queries that scorers ask for, in one layer."""

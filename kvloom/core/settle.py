@@ -23,13 +23,16 @@ def place(steps: list[Step], policy: Policy) -> list[list[Group]]:
     if policy.allot is None:
         return [_place(step, policy) for step in steps]
     budget, over = _over(steps, policy)
-    if budget is None or over <= (policy.every - 1) * steps[0].site.kv_heads:
+    due = budget is not None and over > (policy.every - 1) * steps[0].site.kv_heads
+    if not due and (policy.score is None or policy.score.queries >= 0):
         return [[step.group] for step in steps]
     assert policy.score is not None
     for step in steps:
         step.budget = budget
     tables = [Table(step.group, policy.over, step.q.device) for step in steps]
     scores = [policy.score(step, table) for step, table in zip(steps, tables, strict=True)]
+    if not due or budget is None:
+        return [[step.group] for step in steps]
     shares = policy.allot(steps, tables, scores, budget)
     return [_share(step, policy, *each) for step, *each in zip(steps, scores, shares, strict=True)]
 

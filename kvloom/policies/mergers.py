@@ -37,25 +37,28 @@ class Blend:
     (LOOK-M's pivotal merge). "gauss": exp(-d^2 / 2 sigma^2) of the distance d of the keys (KVMerger, arXiv 2407.08454). "mass":
     by the attention that was received, the column `mass` (EMS, arXiv 2412.08521).
 
-    `count`: a slot stands for as many tokens as are merged in it, by a log-weight on its logit, and weighs that much when it
-    is merged again; else it counts as one. `norm`: keys keep the length that they had. `add`: columns that add up.
+    `count`: how a slot stands for the tokens that are merged in it, and weighs that much when it is merged again: by a
+    log-weight on its logit ("logits"), by its value times their number ("values"), or not at all (None). `norm`: keys keep the
+    length that they had. `add`: columns that add up.
     """
 
     weight: Literal["mean", "cosine", "softmax", "pivot", "gauss", "mass"] = "mean"
-    count: bool = False
+    count: Literal["logits", "values"] | None = None
     norm: bool = False
     sigma: float = 5.0
     add: tuple[str, ...] = ()
 
     @property
     def columns(self) -> int:
-        return int(self.count)
+        return int(self.count is not None)
 
     def __call__(self, kept: Rows, gone: Rows, into: Tensor) -> Rows:
         bins = kept.n
         mine, its = self._weights(kept, gone, into)
+        name = "logw" if self.count == "logits" else "logn"
+        before, more = kept.column(name).exp(), gone.column(name).exp()
         if self.count:
-            mine, its = mine * kept.column("logw").exp(), its * gone.column("logw").exp()
+            mine, its = mine * before, its * more
         total = mine + pooled(its, into, bins)
         if self.weight == "cosine":
             total = 1 + pooled(torch.ones_like(its), into, bins)
@@ -66,15 +69,19 @@ class Blend:
                 ..., None
             ]
 
-        k, v = blend(kept.k, gone.k), blend(kept.v, gone.v)
+        scaled, tokens = self.count == "values", before + pooled(more, into, bins)
+        k = blend(kept.k, gone.k)
+        if scaled:
+            v = blend(kept.v / before[..., None], gone.v / more[..., None]) * tokens[..., None]
+        else:
+            v = blend(kept.v, gone.v)
         if self.norm:
             k = F.normalize(k, dim=-1) * kept.k.float().norm(dim=-1, keepdim=True)
         # what absorbs nothing stays as it is, to the bit
         k, v = (torch.where(touched, x.to(old.dtype), old) for x, old in ((k, kept.k), (v, kept.v)))
-        cols = {name: kept.column(name) + pooled(gone.column(name), into, bins) for name in self.add}
+        cols = {column: kept.column(column) + pooled(gone.column(column), into, bins) for column in self.add}
         if self.count:
-            tokens = kept.column("logw").exp() + pooled(gone.column("logw").exp(), into, bins)
-            cols["logw"] = tokens.log()
+            cols[name] = tokens.log()
         return replace(kept, k=k, v=v, cols=cols)
 
     def _weights(self, kept: Rows, gone: Rows, into: Tensor) -> tuple[Tensor, Tensor]:

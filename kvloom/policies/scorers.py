@@ -18,7 +18,7 @@ from kvloom.core.step import Step
 from kvloom.errors import RecipeError, unknown
 from kvloom.kernels import reference
 
-__all__ = ["Accumulated", "Chosen", "Distinct", "Expected", "LastToken", "Peak", "Probes", "Window"]
+__all__ = ["Accumulated", "Chosen", "Distinct", "Expected", "GlobalLocal", "LastToken", "Peak", "Probes", "Window"]
 
 ROWS = 64  # queries at a time
 BLOCK = 1024  # slots or queries at a time, where a scorer makes something of their size
@@ -87,6 +87,25 @@ class Accumulated:
 
     def __call__(self, step: Step, table: Table) -> Tensor:
         return table.add("mass", step.mass(table).sum(1))
+
+
+@dataclass(frozen=True)
+class GlobalLocal:
+    """All attention received since a slot entered, and that of the newest `recent` queries, brought to one mean and added.
+
+    EMS (arXiv 2412.08521). Both are summed over a KV head's queries. Slots of the window itself score 0: a placement keeps them.
+    """
+
+    recent: int
+    queries = -1
+    columns = 1
+
+    def __call__(self, step: Step, table: Table) -> Tensor:
+        everywhere = table.add("mass", step.mass(table).sum(1))
+        inside = table.index >= step.length - self.recent
+        far, near = (x.masked_fill(inside, 0.0) for x in (everywhere, step.window(table, self.recent).sum(1)))
+        scale = far.mean(-1, keepdim=True) / near.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        return far + near * scale
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "low rank within a layer": ("shadowkv", "matryoshkakv", "cskv"),
     "low rank across layers": ("xkv",),
     "one direction for two layers": ("minicache",),
-    "merge neighbouring tokens": ("d2o", "kvmerger", "chelsea", "lookm"),
+    "merge neighbouring tokens": ("d2o", "kvmerger", "chelsea", "ems", "look-m"),
 }
 
 
