@@ -43,7 +43,15 @@ def text() -> Tensor:
 def small(placement: str) -> str:
     """The placement with options at which it gives up or moves some of the text."""
     names = {option.name for option in composition.recipes()[placement].options}
-    ways = (("budget=96", "window=16"), ("budget=96",), ("budget=0.3",), ("window=60", "share=32"), ("window=60",), ())
+    ways = (
+        ("start=0.0",),
+        ("budget=96", "window=16"),
+        ("budget=96",),
+        ("budget=0.3",),
+        ("window=60", "share=32"),
+        ("window=60",),
+        (),
+    )
     for way in ways:
         if {each.partition("=")[0] for each in way} <= names:
             try:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from kvloom.core import attach
+from kvloom.core import attach, stack
 from kvloom.core.handle import Handle
 from kvloom.core.layer import Layer
 from kvloom.core.ledger import Report
@@ -60,6 +60,11 @@ class KVLayer(CacheLayerMixin):
         return f"KVLayer({self.cache.recipe.name!r}, tokens={self.seen})"
 
     @cached_property
+    def mates(self) -> tuple[int, ...]:
+        """The layers that settle together with this one."""
+        return self.cache.recipe.mates(self.site.layer)
+
+    @cached_property
     def rope(self) -> Rope | None:
         """What turns queries to slots that keep their distance, if the recipe has such (its rotation never varies)."""
         return self.site.rope if any(kind.turn for kind in self.cache.recipe.kinds.values()) else None
@@ -71,8 +76,8 @@ class KVLayer(CacheLayerMixin):
         if shape != (self.site.kv_heads, self.site.key_dim, self.site.value_dim, self.site.dtype):
             self.site = self.cache.refine(self.site, shape)
         self.rows = [_Row(Layer(self.site, self.cache.recipe), Gaps()) for _ in range(b)]
-        self._defer()
         self.is_initialized = True
+        self._defer()
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Takes new keys and values [B, H, m, D]; returns handles for the attention function."""
@@ -129,8 +134,33 @@ class KVLayer(CacheLayerMixin):
     def _defer(self) -> None:
         for row in self.rows:
             row.layer.defer = self.recording
-            if not self.recording:
+        if not self.recording:
+            self.resolve()
+
+    def settle(self) -> None:
+        """Layers that settle together do so once the last of them has settled alone, some also when this one has."""
+        if self.mates and (self.site.layer == self.mates[-1] or self.cache.recipe.early):
+            upto = self.mates[: self.mates.index(self.site.layer) + 1]
+            for mates in self._stacks(upto):
+                stack.settle(mates, len(self.mates))
+
+    def resolve(self) -> None:
+        """Settles rows that waited, in all layers that settle together with this one."""
+        if not any(row.layer.waits for row in self.rows):
+            return
+        if not self.mates:
+            for row in self.rows:
                 row.layer.resolve()
+            return
+        for mates in self._stacks(self.mates):
+            for layer in mates:
+                layer.resolve()
+            stack.settle(mates, len(self.mates))
+
+    def _stacks(self, layers: tuple[int, ...]) -> Iterator[list[Layer]]:
+        """These layers of each sequence."""
+        rows = [self.cache.layers[i].rows for i in layers]
+        return ([row.layer for row in each] for each in zip(*rows, strict=False))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest `-tokens_to_remove` positions (a number <= 0), then settles what had waited for it."""
@@ -144,6 +174,10 @@ class KVLayer(CacheLayerMixin):
         for row in self.rows:
             row.layer.truncate(row.gaps.index(self.seen, row.layer.length))
             row.gaps.cut(row.layer.length)
+        if self.mates and self.site.layer == self.mates[-1]:
+            for mates in self._stacks(self.mates):
+                stack.share(mates)
+            self.settle()
 
     def reset(self) -> None:
         self.rows, self.seen, self.waiting, self.is_initialized = [], 0, None, False
@@ -152,11 +186,13 @@ class KVLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self.resolve()
         self.rows = [row.fork() for row in self.rows for _ in range(repeats)]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         at = torch.arange(len(self.rows))[indices.cpu()].tolist()
         if at != list(range(len(self.rows))):
+            self.resolve()
             self.rows = [self.rows[i].fork() for i in at]
 
     def offload(self) -> None:
@@ -204,6 +240,7 @@ class KVCache(Cache):
         twin.layers, twin._carries = [], {}
         for layer in self.layers:
             if isinstance(layer, KVLayer):
+                layer.resolve()
                 other = KVLayer(twin, layer.site)
                 other.rows, other.seen = [row.fork() for row in layer.rows], layer.seen
                 other.is_initialized, other.recording = layer.is_initialized, layer.recording

@@ -60,6 +60,12 @@ class Codec:
     fits_kept: bool = False  # whether they are taken from the slots that a placement has kept, not from all
     unit: int = 1
     per: dict[str, int]
+    shared: frozenset[str] = frozenset()  # fields that the layers of a group hold together, once
+
+    @property
+    def joint(self) -> bool:
+        """Whether layers are encoded together: by `encode_together`, when the last layer of a group settles."""
+        return self.scope in ("group", "model")
 
     def check(self, site: Site, plane: Plane) -> None:
         """Raises RecipeError if this codec cannot store that plane of the layer."""
@@ -94,6 +100,14 @@ class Codec:
     def encode(self, x: Tensor, const: Const) -> Block:
         """[h, n, D] -> block; n is a multiple of `unit`."""
         raise NotImplementedError
+
+    def encode_together(self, planes: list[Tensor], consts: list[Const]) -> list[Block]:
+        """The same n slots of every layer of a group, each [h, n, D] -> their blocks, with `shared` fields in common."""
+        raise NotImplementedError
+
+    def pays(self, planes: list[Tensor]) -> bool:
+        """Whether `encode_together` makes these smaller than they are; until then they stay exact."""
+        return True
 
     def decode(self, block: Block, const: Const) -> Tensor:
         """Block -> [h, n, D] in the dtype that was encoded (the dtype of the block's scales)."""
@@ -157,7 +171,10 @@ class Codec:
         return None if kernels is None or terms is None else kernels.tile(self.slots(block), terms, kept)
 
     def nbytes(self, n: int, heads: int, dim: int, itemsize: int) -> int:
-        """Bytes of n slots of each of so many heads, frozen at once; n is a multiple of `unit`."""
+        """Bytes of n slots of each of so many heads, frozen at once; n is a multiple of `unit`.
+
+        Of a layer in a full group, if layers are encoded together: its share of what they hold in common.
+        """
         raise NotImplementedError
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvloom.core import stack
 from kvloom.core.attention import Logits, Visible
 from kvloom.core.codec import Block, Codec, Const, Plane
 from kvloom.core.group import Table
@@ -72,11 +73,14 @@ def forecast(recipe: Recipe, sites: Sequence[Site], tokens: int, decoded: int = 
     known: dict[Site, Held] = {}
     seen: dict[int, Tensor] = {}
     found = []
+    if recipe.groups:
+        layers = _run(recipe, sites, tokens, decoded)
+        return [_count(layer, site, seen) for layer, site in zip(layers, sites, strict=True)]
     for site in sites:
         shape = replace(site, layer=0)
         if shape not in known:
             watched = _Watched(**vars(site))
-            layer = _run(recipe, watched, tokens, decoded)
+            (layer,) = _run(recipe, [watched], tokens, decoded)
             shared = len(seen)
             held = _count(layer, watched, seen)
             if watched.asked or len(seen) > shared:  # constants may be the next layer's too, and are counted once
@@ -98,14 +102,18 @@ class _Watched(Site):
         return super().__getattribute__(name)
 
 
-def _run(recipe: Recipe, site: Site, tokens: int, decoded: int) -> _Layer:
+def _run(recipe: Recipe, sites: Sequence[Site], tokens: int, decoded: int) -> list[_Layer]:
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay what they were
         torch.default_generator.manual_seed(0)
-        layer = _Layer(site, recipe)
+        layers = [_Layer(site, recipe) for site in sites]
         for m in [tokens, *[1] * decoded]:
-            rows = torch.empty(site.kv_heads, m, 0)
-            together([layer.forward(rows, rows, rows, Logits(1.0), None, None)])
-    return layer
+            for i, (site, layer) in enumerate(zip(sites, layers, strict=True)):
+                rows = torch.empty(site.kv_heads, m, 0)
+                together([layer.forward(rows, rows, rows, Logits(1.0), None, None)])
+                if layer.mates and (recipe.early or site.layer == layer.mates[-1]):
+                    upto = [x for x in layers[: i + 1] if x.mates == layer.mates]
+                    stack.settle(upto, len(layer.mates))
+    return layers
 
 
 class _Hollow(Codec):
@@ -114,6 +122,7 @@ class _Hollow(Codec):
     def __init__(self, inner: Codec, site: Site, which: Plane) -> None:
         self.inner, self.unit, self.tap = inner, inner.unit, inner.tap
         self.fits, self.fits_kept = inner.fits, inner.fits_kept
+        self.scope, self.shared = inner.scope, inner.shared
         self.site, self.which, self.per = site, which, inner.per
         self.dim = site.key_dim if which == "key" else site.value_dim
         self.rows: dict[str, int] = {}  # bytes of one row of each field
@@ -137,8 +146,20 @@ class _Hollow(Codec):
         return self.inner.fit(some, torch.rand(x.shape[0], 2, self.dim))
 
     def encode(self, x: Tensor, const: Const) -> Block:
-        h, n, _ = x.shape
-        some = self.inner.encode(torch.rand(h, self.unit, self.dim).to(self.site.dtype), const)
+        return self._emptied(x, self.inner.encode(self._some(x, self.unit), const))
+
+    def encode_together(self, planes: list[Tensor], consts: list[Const]) -> list[Block]:
+        found = self.inner.encode_together([self._some(x, self.unit) for x in planes], consts)
+        return [self._emptied(x, some) for x, some in zip(planes, found, strict=True)]
+
+    def pays(self, planes: list[Tensor]) -> bool:
+        return self.inner.pays([self._some(x[:, :, :0], 1).expand(-1, x.shape[1], -1) for x in planes])
+
+    def _some(self, x: Tensor, n: int) -> Tensor:
+        return torch.rand(x.shape[0], n, self.dim).to(self.site.dtype)
+
+    def _emptied(self, x: Tensor, some: Block) -> Block:
+        n = x.shape[1]
         self.rows = {name: y[0, 0].nbytes for name, y in some.items()}
         return {name: x.new_empty(len(y), n // per if (per := self.per[name]) else 1, 0) for name, y in some.items()}
 
@@ -188,8 +209,8 @@ def _hollow(kind: Kind, site: Site) -> Kind:
     return replace(kind, key=key, value=value)
 
 
-def _count(layer: Layer, site: Site, seen: dict[int, Tensor]) -> Held:
-    """`seen`: constants that were counted, which layers and heads may share."""
+def _count(layer: Layer, site: Site, seen: dict[int, Any]) -> Held:
+    """`seen`: constants and buffers that were counted, which layers and heads may share."""
     parts: dict[str, int] = defaultdict(int)
     stretches: Counter[tuple[str, Plane, Codec, int]] = Counter()
     room = 0
@@ -208,9 +229,12 @@ def _count(layer: Layer, site: Site, seen: dict[int, Tensor]) -> Held:
                 for run in plane.runs:
                     codec = run.codec.inner if isinstance(run.codec, _Hollow) else EXACT
                     stretches[name, plane.which, codec, heads] += run.n
-                    parts[f"{plane.which}s"] += codec.nbytes(run.n, heads, dim, site.itemsize)
+                    parts[f"{plane.which}s"] += 0 if codec.joint else codec.nbytes(run.n, heads, dim, site.itemsize)
                     for part, buffer in run.fields.items():
+                        if part in codec.shared and seen.setdefault(id(buffer), layer) is not layer:
+                            continue
                         row = run.codec.rows[part] if isinstance(run.codec, _Hollow) else dim * site.itemsize
+                        parts[f"{plane.which}s"] += buffer.n * buffer.data.shape[0] * row if codec.joint else 0
                         room += (buffer.data.shape[1] - buffer.n) * buffer.data.shape[0] * row
                     if run.at is not None:
                         real(f"{plane.which}s", run.at)

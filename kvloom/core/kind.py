@@ -21,14 +21,15 @@ EXACT = Exact()
 
 @dataclass(frozen=True)
 class Tail:
-    """When a plane freezes: `every` slots at a time, of those older than the newest `keep`."""
+    """When a plane freezes: `every` slots at a time, of those older than the newest `keep`; `decode`: while decoding, too."""
 
     every: int = 1
     keep: int = 0
+    decode: bool = True
 
-    def due(self, n: int) -> int:
+    def due(self, n: int, decoding: bool = False) -> int:
         """How many of n exact slots are to be frozen now."""
-        return max(0, n - self.keep) // self.every * self.every
+        return 0 if decoding and not self.decode else max(0, n - self.keep) // self.every * self.every
 
 
 @dataclass(frozen=True)

@@ -90,12 +90,16 @@ class Layer:
         self.recent: Buffer | None = None  # the newest queries [Hq, w, D]
         self.defer = self.probing = False
         self.carry: dict[str, Any] = {}  # one for all layers of a sequence
+        self.mates, self.policy = recipe.mates(site.layer), recipe.policies(site.layer)
+        self.due: Phase | None = None  # what is left to settle together with other layers
         self._pending: _Pending | None = None
         self._calm: float = 0  # up to this length, a decoded token needs no placement
         kinds = recipe.kinds.values()
         self._window, self._lossy = recipe.window, not all(kind.exact and kind.select is None for kind in kinds)
         self._fitting = any(kind.key.fits or kind.value.fits for kind in kinds)
         self._selects = any(kind.select is not None for kind in kinds)
+        planes = [plane for kind in kinds for plane in ((kind.key, kind.key_tail), (kind.value, kind.value_tail))]
+        self._joint = bool(self.mates) and any(codec.joint and tail.decode for codec, tail in planes)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, logits: Logits, visible: Visible | None, sinks: Tensor | None
@@ -110,7 +114,7 @@ class Layer:
         m, first = q.shape[1], self.length
         phase: Phase = "prompt" if first == 0 or (m > 1 and not self.defer) else "decode"
         phase = "probe" if self.probing else phase
-        policy = self.recipe.policy.get(phase)
+        policy = self.policy.get(phase)
         queries = 0 if policy is None or policy.score is None else policy.score.queries
         emit = phase == "decode" and queries < 0 and m == 1 and first > 0 and visible is None and not self.defer
         out, lse, seen = yield from self._attend(q, Rows(k, v, first), logits, visible, emit)
@@ -126,7 +130,8 @@ class Layer:
         if m == 1 and self.length <= self._calm and not (self.defer or self.probing):
             with torch.no_grad():
                 self._remember(q.detach())
-                self._freeze()
+                self.freeze("decode")
+            self.due = "decode" if self._joint else None
         elif policy is not None or self.defer or self._lossy:
             newest = min(m, self._window + (DRAFT if self.defer else 0)) if self._window else 0
             rows, held = _folded(q.detach(), k), _folded(lse.detach(), k)  # what is kept holds no graph
@@ -217,6 +222,11 @@ class Layer:
         for group in self.groups:
             group.segments["main"].append(rows if group.heads is None else rows.heads(group.heads))
 
+    @property
+    def waits(self) -> bool:
+        """Whether rows have still to settle."""
+        return self._pending is not None
+
     def resolve(self) -> None:
         """Settles the rows of the last forward."""
         rows, self._pending = self._pending, None
@@ -235,7 +245,7 @@ class Layer:
 
     @torch.no_grad()
     def _settle(self, rows: _Pending) -> None:
-        policy = self.recipe.policy.get(rows.phase)
+        policy = self.policy.get(rows.phase)
         if rows.phase != "probe":
             self._remember(rows.q.flatten(0, 1))
         recent = None if self.recent is None else _folded(self.recent.view, rows.q)
@@ -250,8 +260,20 @@ class Layer:
         if self._fitting:
             for step in steps:
                 settle.fit(step)
-        before = [group.n for group in self.groups]
-        after = [[group] for group in self.groups] if policy is None else settle.place(steps, policy)
+        held = [group.n for group in self.groups]
+        if policy is None:
+            after = [[group] for group in self.groups]
+        elif policy.joint:
+            after = settle.note(steps, policy)
+        else:
+            after = settle.place(steps, policy)
+        self.placed(steps, held, after)
+        self.due = rows.phase if self.mates else None
+        if policy is None or not policy.joint:  # else slots may still leave, and what is encoded is not encoded twice
+            self.freeze(rows.phase)
+
+    def placed(self, steps: list[Step], before: list[int], after: list[list[Group]]) -> None:
+        """Takes what each group of heads, which held so many slots, has become."""
         if any(each.n < n for n, found in zip(before, after, strict=True) for each in found):
             self.dropped_at = self.length
         self.groups = [each for found in after for each in found]
@@ -259,8 +281,7 @@ class Layer:
         if self._fitting:
             for step in later:
                 settle.fit(step, kept=True)
-        self._calm = self.length + settle.slack(later, self.recipe.policy.get("decode"))
-        self._freeze()
+        self._calm = self.length + settle.slack(later, self.policy.get("decode"))
 
     def _remember(self, q: Tensor) -> None:
         """Keeps the newest queries [Hq, m, D] that scorers will look at."""
@@ -273,10 +294,11 @@ class Layer:
             self.recent.append(q)
             self.recent.drop_front(max(0, self.recent.n - self._window))
 
-    def _freeze(self) -> None:
+    def freeze(self, phase: Phase) -> None:
+        """Encodes what is due."""
         if self._lossy:
             for group in self.groups:
-                settle.freeze(group)
+                settle.freeze(group, phase == "decode")
 
     def truncate(self, length: int) -> None:
         """Forgets the tokens from `length` on, then settles what had been deferred.

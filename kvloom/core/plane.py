@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvloom.core.codec import Codec, Const
+from kvloom.core.codec import Block, Codec, Const
 from kvloom.core.codec import Plane as Which
 from kvloom.core.kind import EXACT, Kind
 from kvloom.core.run import Run, gather
@@ -73,42 +73,54 @@ class Plane:
             where = at if isinstance(at, Tensor) else torch.arange(at, at + x.shape[1], device=x.device)[None]
             x = tap.off(x, where)
         block = codec.encode(x, self.const)
-        last = next((i for i in reversed(range(len(self.runs))) if self.runs[i].codec is codec), None)
-        if last is not None and not self.runs[last].grows:
-            last = None
-        if last is not None and self.runs[last].sealed and self.runs[last].n < SMALL:
-            self.runs[last] = self.runs[
-                last
-            ].copy()  # a short run that a fork shares: cheaper to copy than to attend apart
-        if last is not None and not self.runs[last].sealed:
-            self.runs[last].append(block, at)
+        run = self.growing(codec)
+        if run is None:
+            self.insert(codec, block, at)
         else:
-            fresh = Run(codec, block, {} if codec.exact else self.const, tap, at)
-            self.runs.insert(len(self.runs) if codec is EXACT else self._frozen_runs(), fresh)
+            run.append(block, at)
 
-    def _frozen_runs(self) -> int:
-        return sum(not run.codec.exact for run in self.runs)
+    def growing(self, codec: Codec) -> Run | None:
+        """The last run of that codec, if slots can be added to it."""
+        last = next((i for i in reversed(range(len(self.runs))) if self.runs[i].codec is codec), None)
+        if last is None or not self.runs[last].grows:
+            return None
+        if self.runs[last].sealed and self.runs[last].n < SMALL:
+            self.runs[last] = self.runs[last].copy()  # short and shared by a fork: cheaper than to attend apart
+        return None if self.runs[last].sealed else self.runs[last]
 
-    def settle(self, index: Callable[[int, int], int | Tensor]) -> None:
+    def insert(self, codec: Codec, block: Block, at: int | Tensor = 0) -> Run:
+        """A new run behind the last encoded one; behind all, if it is exact."""
+        run = Run(codec, block, {}, None, at) if codec.exact else Run(codec, block, self.const, self.tap, at)
+        frozen = sum(not run.codec.exact for run in self.runs)
+        self.runs.insert(len(self.runs) if codec is EXACT else frozen, run)
+        return run
+
+    def settle(self, index: Callable[[int, int], int | Tensor], decoding: bool) -> None:
         """Freezes what is due. Nothing is ever encoded twice. `index` gives the places in the text of slots [a, b)."""
-        if self.codec.exact:
+        if self.codec.exact or self.codec.joint:
             return
+        done = self.frozen
+        due = self.rule.due(self.n - done, decoding)
+        if due:
+            at = 0 if self.tap is None else index(done, done + due)
+            self.append(self.codec.sized(due), self.oldest(due), at)
+            self.freed(due)
+
+    def oldest(self, count: int) -> Tensor:
+        """The first exact slots, [h, count, D]; a view."""
         tail = [run for run in self.runs if run.codec.exact]
-        due = self.rule.due(sum(run.n for run in tail))
-        if not due:
-            return
         if len(tail) > 1 or tail[0].sealed:
             exact = torch.cat([run.decode() for run in tail], 1)
             self.runs = [run for run in self.runs if not run.codec.exact]
             self.append(EXACT, exact)
-            tail = self.runs[-1:]
-        done = self.frozen
-        at = 0 if self.tap is None else index(done, done + due)
-        self.append(self.codec.sized(due), tail[0].decode()[:, :due], at)
-        if due == tail[0].n:
-            self.runs.remove(tail[0])
+        return self.runs[-1].decode()[:, :count]
+
+    def freed(self, count: int) -> None:
+        """Forgets the `oldest` exact slots, which have been encoded."""
+        if count == self.runs[-1].n:
+            self.runs.pop()
         else:
-            tail[0].fields["x"].drop_front(due)
+            self.runs[-1].fields["x"].drop_front(count)
 
     def take(self, slots: Tensor) -> None:
         """Keeps the slots [h, r], ascending and, in frozen runs, in whole units; heads keep equally many per run."""

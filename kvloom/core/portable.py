@@ -24,6 +24,7 @@ from kvloom.core.run import Buffer, Run
 from kvloom.core.segment import Segment
 from kvloom.core.select import digested
 from kvloom.core.site import Site
+from kvloom.core.stack import share
 from kvloom.errors import CacheError, KvloomError, ModelError
 
 __all__ = ["FORMAT", "Part", "State", "checked", "dump", "fields_of", "load", "movable", "shape_of"]
@@ -91,13 +92,14 @@ def dump(cache: KVCache) -> State:
         if layer.recording or layer.waiting is not None:
             raise CacheError("drafts or a forward are pending in this cache; store it when they are done.")
         row, at = layer.rows[0], layer.site.layer
-        row.layer.resolve()
+        layer.resolve()
+        first = not layer.mates or at == layer.mates[0]  # of a group, whose common fields come with it
         groups = []
         for g, group in enumerate(row.layer.groups):
             if group.heads is not None:
                 tensors[Part(at, "state", f"heads.{g}")] = group.heads
             classes = {
-                name: _dump_segment(segment, at, f"{g}.{c}", tensors)
+                name: _dump_segment(segment, at, f"{g}.{c}", tensors, first)
                 for c, (name, segment) in enumerate(group.segments.items())
             }
             tensors |= {Part(at, "state", f"{g}.{name}"): x for name, x in group.state.items()}
@@ -115,7 +117,9 @@ def dump(cache: KVCache) -> State:
     return State(facts, tensors)
 
 
-def _dump_segment(segment: Segment, layer: int, prefix: str, tensors: dict[Part, Tensor]) -> dict[str, Any]:
+def _dump_segment(
+    segment: Segment, layer: int, prefix: str, tensors: dict[Part, Tensor], first: bool
+) -> dict[str, Any]:
     planes: dict[str, Any] = {}
     for which, plane in (("key", segment.key), ("value", segment.value)):
         forms, listed = plane.codec.forms(), []
@@ -123,6 +127,8 @@ def _dump_segment(segment: Segment, layer: int, prefix: str, tensors: dict[Part,
             form = EXACT_RUN if run.codec.exact else forms.index(run.codec)
             listed.append([form, run.n, run.sealed, run.start, run.at is not None])
             for name, x in run.block.items():
+                if name in run.codec.shared and not first:
+                    continue
                 tensors[Part(layer, which, f"{prefix}.{r}.{name}")] = x
             if run.at is not None:
                 tensors[Part(layer, "column", f"{prefix}.{which}.{r}.at")] = run.at.view
@@ -155,6 +161,8 @@ def load(cache: KVCache, state: State, device: torch.device | str = "cpu") -> No
         if isinstance(error, CacheError):
             raise
         raise CacheError(f"the state cannot be read: {type(error).__name__}: {error}") from error
+    for group in cache.recipe.groups:
+        share([inner for site, inner, _ in made if site.layer in group])
     for layer, (site, inner, gaps) in zip(layers, made, strict=True):
         heads, key_dim, value_dim, dtype = shape_of(site)
         blank = [torch.empty(1, heads, 0, dim, dtype=dtype, device=device) for dim in (key_dim, value_dim)]
@@ -179,13 +187,15 @@ def _read(cache: KVCache, layers: list[KVLayer], state: State, device: torch.dev
     checked(f"it was made by another recipe than {cache.recipe.name}", facts["recipe"] == cache.recipe.name)
     seen = _count(facts["seen"], "seen", 1 << 31)
     checked("it has other layers", [x["layer"] for x in facts["layers"]] == [layer.site.layer for layer in layers])
-    made = []
+    made: list[tuple[Site, Layer, Gaps]] = []
     for layer, found in zip(layers, facts["layers"], strict=True):
         site = _site(cache, layer, found["shape"])
         inner = Layer(site, cache.recipe)
         for name in ("length", "prompt", "dropped_at"):
             setattr(inner, name, _count(found[name], name, seen))
-        take = _Taker(left, site, device)
+        mates = inner.mates
+        lead = None if not mates or mates[0] == site.layer else next(x for s, x, _ in made if s.layer == mates[0])
+        take = _Taker(left, site, device, lead)
         inner.groups = list(_groups(inner, found["groups"], take))
         if found["queries"]:
             queries = take("state", "queries", (site.q_heads, None, site.key_dim), site.dtype)
@@ -217,8 +227,8 @@ def _site(cache: KVCache, layer: KVLayer, shape: Any) -> Site:
 class _Taker:
     """Takes tensors out of a state by name, with the shape (None: any) and dtype that they must have."""
 
-    def __init__(self, tensors: dict[Part, Tensor], site: Site, device: torch.device) -> None:
-        self.tensors, self.site, self.device = tensors, site, device
+    def __init__(self, tensors: dict[Part, Tensor], site: Site, device: torch.device, lead: Layer | None) -> None:
+        self.tensors, self.site, self.device, self.lead = tensors, site, device, lead
 
     def __call__(self, plane: str, field: str, shape: tuple[int | None, ...], dtype: torch.dtype) -> Tensor:
         part = Part(self.site.layer, plane, field)
@@ -287,7 +297,8 @@ def _fill(segment: Segment, facts: Any, h: int, prefix: str, inner: Layer, take:
             checked("an encoded run of an exact class", not (coded and plane.codec.exact))
             codec = forms[_count(form, "form", len(forms) - 1)] if coded else EXACT
             n = _count(n, "slots of a run", 1 << 31)
-            block = _block(codec, plane.const, n, h, dim, site, partial(take, which), f"{prefix}.{r}")
+            common = _common(take.lead, prefix, which, r) if codec.shared else {}
+            block = _block(codec, plane.const, n, h, dim, site, partial(take, which), f"{prefix}.{r}", common)
             at: int | Tensor = _count(start, "start of a run", inner.length)
             if placed:
                 name = f"{prefix}.{which}.{r}.at"
@@ -316,13 +327,28 @@ def _fill(segment: Segment, facts: Any, h: int, prefix: str, inner: Layer, take:
         digested(segment, kind.select)
 
 
-def _block(codec: Codec, const: Const, n: int, h: int, dim: int, site: Site, take: Any, prefix: str) -> Block:
-    """The fields of a run of n slots."""
+def _common(lead: Layer | None, prefix: str, which: str, r: int) -> Block:
+    """What run r of a plane shares with the same one of its group's first layer."""
+    if lead is None:
+        return {}
+    g, c = (int(x) for x in prefix.split("."))
+    segment = list(lead.groups[g].segments.values())[c]
+    run = (segment.key if which == "key" else segment.value).runs[r]
+    return {name: run.block[name] for name in run.codec.shared}
+
+
+def _block(
+    codec: Codec, const: Const, n: int, h: int, dim: int, site: Site, take: Any, prefix: str, common: Block
+) -> Block:
+    """The fields of a run of n slots, but those that it has in `common` with another layer."""
     checked("half a unit", n % codec.unit == 0, n)
-    block = {}
+    block = dict(common)
     for name, (heads, row, dtype) in fields_of(codec, h, dim, site.dtype, const).items():
+        if name in common:
+            continue
         per = codec.per[name]
-        shape = (heads, n // per, *row) if per else (heads, *(None for _ in range(len(row) + 1)))
+        wide = (None,) * len(row) if codec.joint else row  # how wide may hang on how many layers there are
+        shape = (heads, n // per, *wide) if per else (heads, *(None for _ in range(len(row) + 1)))
         block[name] = take(f"{prefix}.{name}", shape, dtype)
     return block
 
@@ -333,5 +359,6 @@ def fields_of(
     """Of every field of a codec's block: heads, the shape behind heads and rows, dtype. As the codec makes them."""
     if codec.exact:
         return {"x": (h, (dim,), dtype)}
-    sample = codec.encode(torch.zeros(h, codec.unit, dim, dtype=dtype), {name: x.cpu() for name, x in const.items()})
+    zeros, known = torch.zeros(h, codec.unit, dim, dtype=dtype), {name: x.cpu() for name, x in const.items()}
+    sample = codec.encode_together([zeros], [known])[0] if codec.joint else codec.encode(zeros, known)
     return {name: (x.shape[0], tuple(x.shape[2:]), x.dtype) for name, x in sample.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import lcm
 from pathlib import Path
@@ -23,9 +23,22 @@ if TYPE_CHECKING:
     from kvloom.core.site import Site
     from kvloom.core.step import Step
 
-__all__ = ["DROP", "Allotment", "Away", "Budget", "Merger", "Phase", "Placement", "Policy", "Recipe", "Scorer"]
+__all__ = [
+    "DROP",
+    "Allotment",
+    "Away",
+    "Budget",
+    "Merger",
+    "Phase",
+    "Placement",
+    "Policy",
+    "Recipe",
+    "Scorer",
+    "Spread",
+]
 
 Phase = Literal["prompt", "decode", "probe"]
+Groups = tuple[tuple[int, ...], ...]
 DROP = -1
 SCOPES: tuple[Scope, ...] = ("head", "layer", "group", "model")
 
@@ -109,6 +122,20 @@ class Allotment(Protocol):
     def __call__(self, steps: list[Step], tables: list[Table], scores: list[Tensor], budget: int) -> list[Tensor]: ...
 
 
+class Spread(Protocol):
+    """How many slots each head of each layer may keep, where layers share one budget of `budget` slots on average.
+
+    A layer's scores are taken when it has run, and stay with its slots until all layers are settled. With `early`, the layers
+    that have run so far are asked, `steps` by layer and group of heads, after each of them: what earlier ones keep only
+    shrinks. Else all of them, after the last. `layers`: how many there are in all.
+    """
+
+    @property
+    def early(self) -> bool: ...
+
+    def __call__(self, steps: list[list[Step]], budget: int, layers: int) -> list[int]: ...
+
+
 @dataclass(frozen=True)
 class Policy:
     """What happens to the slots of the classes `over` when a layer settles.
@@ -116,6 +143,7 @@ class Policy:
     `every`: wait until that many are over budget. `sorts`: also, whatever the budget, after a forward that
     begins at a place in the text before that many. `allot`: divides the layer's budget among its heads by their scores.
     `merge`: what becomes of slots that absorb others; its classes must be exact.
+    `spread`: divides one budget among layers.
     """
 
     budget: Budget
@@ -126,6 +154,12 @@ class Policy:
     sorts: int = 0
     allot: Allotment | None = None
     merge: Merger | None = None
+    spread: Spread | None = None
+
+    @property
+    def joint(self) -> bool:
+        """Whether layers settle together."""
+        return self.spread is not None or self.place.scope in ("group", "model")
 
 
 def _main() -> dict[str, Kind]:
@@ -139,7 +173,8 @@ class Recipe:
 
     `check(site)` raises where a layer can't be served. `prepare(model)` gives the recipe what it needs of a model, such as
     a profile. `sketch(config)` stands in for it where there is no model but its configuration, as in `kvloom plan`:
-    a guess at what the recipe would hold, on the safe side. `calibrate(model, ids, path, tell)` makes a profile from a text
+    a guess at what the recipe would hold, on the safe side. `grouping(sites)` says which layers settle together, and raises
+    where that can't be; after `bind` they are the `groups`. Budgets that layers share put all of them into one. `calibrate(model, ids, path, tell)` makes a profile from a text
     ids [T] and writes it, telling its progress.
     """
 
@@ -150,6 +185,8 @@ class Recipe:
     prepare: Callable[[PreTrainedModel], Recipe] | None = None
     sketch: Callable[[Any], Recipe] | None = None
     calibrate: Callable[[PreTrainedModel, Tensor, Path, Callable[[str], None]], dict[str, Tensor]] | None = None
+    grouping: Callable[[Sequence[Site]], Groups] | None = None
+    groups: Groups = ()
 
     def __or__(self, other: Recipe) -> Recipe:
         return compose(self, other)
@@ -191,7 +228,25 @@ class Recipe:
                     tap_of(site, self.name)
         self._check_selectors()
         policy = {phase: replace(p, budget=p.budget.bind(self, sites)) for phase, p in self.policy.items()}
-        return replace(self, policy=policy)
+        groups = self.groups
+        if not groups and self.grouping is not None:
+            groups = self.grouping(sites)
+        elif not groups and any(p.spread for p in policy.values()):
+            groups = (tuple(site.layer for site in sites),)
+        return replace(self, policy=policy, groups=groups)
+
+    def mates(self, layer: int) -> tuple[int, ...]:
+        """The layers that settle together with a layer, itself among them; none if it settles alone."""
+        return next((group for group in self.groups if layer in group), ())
+
+    @property
+    def early(self) -> bool:
+        """Whether some layers settle before the last one of their group."""
+        return any(policy.spread is not None and policy.spread.early for policy in self.policy.values())
+
+    def policies(self, layer: int) -> Mapping[str, Policy]:
+        """The policies of a layer: those for groups are none of one that settles alone."""
+        return self.policy if self.mates(layer) else {phase: p for phase, p in self.policy.items() if not p.joint}
 
     def _check_selectors(self) -> None:
         """Raises RecipeError where reading a selection only would leave somebody without what he needs."""
@@ -316,5 +371,5 @@ def compose(a: Recipe, b: Recipe) -> Recipe:
     def sketch(config: Any) -> Recipe:
         return a.sketched(config) | b.sketched(config)
 
-    later = (prepare, sketch) if a.prepare or b.prepare else (None, None)
-    return Recipe(name, placed.policy, kinds, check, *later)
+    found = Recipe(name, placed.policy, kinds, check, grouping=a.grouping or b.grouping)
+    return replace(found, prepare=prepare, sketch=sketch) if a.prepare or b.prepare else found

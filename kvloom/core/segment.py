@@ -93,7 +93,8 @@ class Segment:
                 self._column(name, rows.cols[name].new_zeros((rows.cols[name].shape[0], self.n)))
             self._extend(name, rows.cols.get(name, self.cols[name].data.new_zeros((1, m))))
         for plane, x in ((self.key, rows.k), (self.value, rows.v)):
-            whole = settled and not plane.codec.exact and plane.frozen == self.n and plane.rule.due(m) == m
+            alone = not plane.codec.exact and not plane.codec.joint
+            whole = settled and alone and plane.frozen == self.n and plane.rule.due(m) == m
             plane.append(plane.codec.sized(m) if whole else EXACT, x, rows.index if whole and plane.tap else 0)
         self.n += m
 
@@ -228,12 +229,12 @@ class Segment:
             _put(buffer, gone, late, left)
         self.n = left
 
-    def settle(self) -> None:
+    def settle(self, decoding: bool = False) -> None:
         """Freezes what is due in both planes."""
-        self.key.settle(self._places)
-        self.value.settle(self._places)
+        self.key.settle(self.places, decoding)
+        self.value.settle(self.places, decoding)
 
-    def _places(self, start: int, stop: int) -> int | Tensor:
+    def places(self, start: int, stop: int) -> int | Tensor:
         """Text index of the slots [start, stop): of the first where they are consecutive, else of each, [h or 1, n]."""
         return self.start + start if "index" not in self.cols else self.index[:, start:stop]
 

@@ -15,7 +15,7 @@ from kvloom.core.segment import Segment
 from kvloom.core.select import digested
 from kvloom.core.step import Step
 
-__all__ = ["fit", "freeze", "of_group", "place", "slack"]
+__all__ = ["apply", "fit", "freeze", "held", "note", "of_group", "place", "slack"]
 
 
 def place(steps: list[Step], policy: Policy) -> list[list[Group]]:
@@ -37,8 +37,18 @@ def place(steps: list[Step], policy: Policy) -> list[list[Group]]:
     return [_share(step, policy, *each) for step, *each in zip(steps, scores, shares, strict=True)]
 
 
+def note(steps: list[Step], policy: Policy) -> list[list[Group]]:
+    """Where layers settle together: what is due when one of them has run. Scores stay with the slots until all are settled."""
+    for step in steps:
+        budget = policy.budget(step)
+        if policy.spread is not None and policy.score is not None and budget is not None and step.length > budget:
+            table = Table(step.group, policy.over, step.q.device)
+            table.store("score", policy.score(step, table))
+    return [[step.group] for step in steps]
+
+
 def _place(step: Step, policy: Policy) -> list[Group]:
-    n, budget = _held(step, policy), policy.budget(step)
+    n, budget = held(step, policy), policy.budget(step)
     step.budget = budget
     due = budget is not None and n > 0 and (n - budget >= policy.every or step.first < policy.sorts)
     # A score that adds up over all queries (queries < 0) is owed to every forward; others only when they decide something.
@@ -48,7 +58,7 @@ def _place(step: Step, policy: Policy) -> list[Group]:
     scores = None if policy.score is None else policy.score(step, table)
     if not due or budget is None:
         return [step.group]
-    return _apply(step, table, scores, budget, policy)
+    return apply(step, table, scores, budget, policy)
 
 
 def _share(step: Step, policy: Policy, scores: Tensor, share: Tensor) -> list[Group]:
@@ -60,11 +70,11 @@ def _share(step: Step, policy: Policy, scores: Tensor, share: Tensor) -> list[Gr
     for size, at, group in zip(sizes, lists, groups, strict=True):
         part = step if len(sizes) == 1 else step.of_heads(at, group)
         table = Table(group, policy.over, step.q.device)
-        found += _apply(part, table, scores[at], size, policy) if table.n > size else [group]
+        found += apply(part, table, scores[at], size, policy) if table.n > size else [group]
     return found
 
 
-def _apply(step: Step, table: Table, scores: Tensor | None, budget: int, policy: Policy) -> list[Group]:
+def apply(step: Step, table: Table, scores: Tensor | None, budget: int, policy: Policy) -> list[Group]:
     """Lets the placement route the slots of one group, and moves them."""
     if table.n > budget:
         for _, segment in table.parts:
@@ -98,14 +108,14 @@ def _merge(segment: Segment, gone: Tensor, into: Tensor, merge: Merger) -> None:
     segment.write(at, merge(kept, segment.read(gone), torch.empty_like(rank).scatter_(1, order, rank)))
 
 
-def _held(step: Step, policy: Policy) -> int:
+def held(step: Step, policy: Policy) -> int:
     return sum(step.group.segments[name].n for name in policy.over)
 
 
 def _over(steps: list[Step], policy: Policy) -> tuple[int | None, int]:
     """The budget of a head, and how many slots all heads of the layer hold beyond theirs."""
     budget = policy.budget(steps[0])
-    return budget, 0 if budget is None else sum(s.group.heads_of(s.site) * (_held(s, policy) - budget) for s in steps)
+    return budget, 0 if budget is None else sum(s.group.heads_of(s.site) * (held(s, policy) - budget) for s in steps)
 
 
 def slack(steps: list[Step], policy: Policy | None) -> float:
@@ -117,7 +127,7 @@ def slack(steps: list[Step], policy: Policy | None) -> float:
     if policy.allot is not None:
         budget, over = _over(steps, policy)
         return math.inf if budget is None else policy.every - 1 - math.ceil(over / steps[0].site.kv_heads)
-    budgets = [(policy.budget(step), _held(step, policy)) for step in steps]
+    budgets = [(policy.budget(step), held(step, policy)) for step in steps]
     return min(math.inf if budget is None else policy.every - (n - budget) - 1 for budget, n in budgets)
 
 
@@ -205,9 +215,9 @@ def fit(step: Step, kept: bool = False) -> None:
                 plane.fitted = True
 
 
-def freeze(group: Group) -> None:
+def freeze(group: Group, decoding: bool = False) -> None:
     """Encodes what is due in every segment, and brings what selectors remember up to date."""
     for segment in group:
-        segment.settle()
+        segment.settle(decoding)
         if segment.kind.select is not None:
             digested(segment, segment.kind.select)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,8 @@ class Step:
     `recent` [h, g, w, D]: the newest queries, older forwards included; `length`: tokens seen so far, these rows included;
     `prompt`: how many of them were prompt; `seen`: [h, g, n] attention of a single new row, where it was emitted;
     `budget`: slots that each head may keep, by the policy's budget; `carry`: what an earlier layer of the sequence left for
-    this one, in the same forward.
+    this one, in the same forward;
+    `mates`: where layers settle together, the steps of all of them, this one among them; such steps bring no queries.
     """
 
     site: Site
@@ -48,6 +49,7 @@ class Step:
     seen: dict[str, Tensor] | None = None
     budget: int | None = None
     carry: dict[str, Any] = field(default_factory=dict)
+    mates: Sequence[Step] = ()
 
     @property
     def heads(self) -> int:

@@ -62,6 +62,7 @@ class Update:
             )
         k, v, self.k, self.v = self.k, self.v, None, None
         self.layer.waiting = None
+        self.layer.resolve()
         held = DenseMask(mask, k.shape[1]) if isinstance(mask, Tensor) else mask
         logits = Logits(scale, softcap, self.layer.rope)
         places: list[tuple[int, Tensor | None]] = []
@@ -83,6 +84,7 @@ class Update:
             places.append((b, real))
             forwards.append(row.layer.forward(q_row, k_row, v_row, logits, visible, sinks))
         found = together(forwards)
+        self.layer.settle()
         if len(self.layer.rows) == 1 and places and places[0][1] is None:
             out = found[0].transpose(0, 1)[None]
         else:
