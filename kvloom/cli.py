@@ -375,7 +375,7 @@ def calibrate(
 
     recipe = parse(cache)
     if recipe.calibrate is None:
-        raise RecipeError(f"--cache {cache!r} needs no profile. Give one recipe that does: razorattention or kvquant.")
+        raise RecipeError(f"--cache {cache!r} needs no profile. Give one that does, such as kvquant or razorattention.")
     words = read_text(text or NANO.parent / "text" / "gutenberg.txt", "--text")
     network, tokenizer = _prepare(model)
     path = output or default_path(network, cache.partition("(")[0].strip())

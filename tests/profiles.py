@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from kvloom import parse
 from kvloom.core.view import fingerprint
 
-NEEDY = ("kvquant", "matryoshkakv", "compresskv", "uncomp")  # recipes that can't do without
+NEEDY = ("kvquant", "matryoshkakv", "compresskv", "uncomp", "million", "fireq")  # recipes that can't do without
 
 
 @functools.cache

@@ -30,17 +30,25 @@ def default_path(model: PreTrainedModel, recipe: str) -> Path:
 
 
 def find(
-    path: str | Path | None, model: PreTrainedModel, recipe: str, shapes: dict[str, tuple[int, ...]]
+    path: str | Path | None,
+    model: PreTrainedModel,
+    recipe: str,
+    shapes: dict[str, tuple[int, ...]],
+    options: str | None = None,
 ) -> dict[str, Tensor]:
-    """`load` of the path given, or of the default one. Raises ProfileError, with the command that makes a profile."""
+    """`load` of the path given, or of the default one. Raises ProfileError, with the command that makes a profile.
+
+    `options`: the recipe with the options that the profile is to be made for, where it hangs on them.
+    """
+    made = f"'{options}'" if options else recipe
     held = default_path(model, recipe) if path is None else Path(path)
     if path is None and not held.is_file():
         source = model.config._name_or_path or "MODEL"
         raise ProfileError(
             f"{recipe} needs a profile of this model, and {str(held)!r} does not exist. Make it with: "
-            f"kvloom calibrate {source} --cache {recipe}"
+            f"kvloom calibrate {source} --cache {made}"
         )
-    return load(held, model, recipe, shapes)
+    return load(held, model, recipe, shapes, made)
 
 
 def save(path: str | Path, model: PreTrainedModel, recipe: str, tensors: dict[str, Tensor], **settings: object) -> None:
@@ -74,13 +82,15 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def load(
-    path: str | Path, model: PreTrainedModel, recipe: str, shapes: dict[str, tuple[int, ...]]
+    path: str | Path, model: PreTrainedModel, recipe: str, shapes: dict[str, tuple[int, ...]], made: str | None = None
 ) -> dict[str, Tensor]:
-    """Reads a profile made for this model and recipe, with tensors of these shapes. Raises ProfileError otherwise."""
+    """Reads a profile made for this model and recipe, with tensors of these shapes. Raises ProfileError otherwise.
+
+    `made`: what `kvloom calibrate --cache` is to be given to make it.
+    """
+    remedy = f"kvloom calibrate MODEL --cache {made or recipe} -o FILE"
     if not Path(path).is_file():
-        raise ProfileError(
-            f"profile={str(path)!r} is no file. Make one with: kvloom calibrate MODEL --cache {recipe} -o FILE"
-        )
+        raise ProfileError(f"profile={str(path)!r} is no file. Make one with: {remedy}")
     try:
         with safe_open(str(path), framework="pt") as file:
             about = file.metadata() or {}
@@ -92,14 +102,11 @@ def load(
     if about.get("digest") != _digest(tensors):
         raise ProfileError(f"profile={str(path)!r} is damaged: its content does not match its digest. Make it again.")
     if about.get("model") != fingerprint(model):
-        raise ProfileError(
-            f"profile={str(path)!r} was made on another model. Make one for this model with: "
-            f"kvloom calibrate MODEL --cache {recipe} -o FILE"
-        )
+        raise ProfileError(f"profile={str(path)!r} was made on another model. Make one for this model with: {remedy}")
     for name, shape in shapes.items():
         if name not in tensors or tuple(tensors[name].shape) != shape:
             held = tuple(tensors[name].shape) if name in tensors else "nothing"
             raise ProfileError(
-                f"profile={str(path)!r} holds {held} for {name!r} where {shape} is needed. Make it again."
+                f"profile={str(path)!r} holds {held} for {name!r} where {shape} is needed. Make one with: {remedy}"
             )
     return tensors
