@@ -88,6 +88,15 @@ class Rope:
         cos, sin = self._table(x, position)
         return self._turn(x, cos.mean(-2), sin.mean(-2))
 
+    def partners(self, dim: int) -> Tensor:
+        """For each of `dim` channels the one that it turns with, itself if it does not turn: [D] int64."""
+        found, turn = torch.arange(dim), torch.arange(self.rotary_dim)
+        half = self.rotary_dim // 2
+        found[self.offset : self.offset + self.rotary_dim] = self.offset + (
+            (turn + half) % self.rotary_dim if self.layout == "half" else turn ^ 1
+        )
+        return found
+
     def _angle(self, position: Tensor) -> Tensor:
         return position.float()[..., None] * self.inv_freq.to(position.device)  # one fp32 product, as in the models
 

@@ -12,6 +12,7 @@ from kvloom.core.codec import Block, Codec, Const, Plane
 from kvloom.core.site import Site
 from kvloom.errors import RecipeError
 from kvloom.kernels.pack import pack, unpack
+from kvloom.kernels.tile import Tile
 
 __all__ = ["Book", "Product", "kmeans", "nearest"]
 
@@ -103,6 +104,9 @@ class Book(Codec):
             scales = self.scales(part)
             out.append(found if scales is None else found.mul_(scales[..., None]))
         return torch.cat(out, 1).transpose(1, 2).contiguous()
+
+    def tile(self, block: Block, const: Const) -> Tile | None:
+        return None if self.bits > 8 else Tile.codes(block["codes"], self.bits, const["book"].float(), self.width)
 
     def nbytes(self, n: int, heads: int, dim: int, itemsize: int) -> int:
         return heads * n * (dim // self.width) * self.bits // 8
