@@ -13,14 +13,19 @@ from kvloom.core.codec import Codec, Exact
 from kvloom.core.site import Site
 from kvloom.kernels.pack import BITS, pack, unpack
 from kvloom.segments.balance import Balance
+from kvloom.segments.floats import MANTISSAS, BlockFloat
 from kvloom.segments.levels import Levels
 from kvloom.segments.lowrank import LowRank
 from kvloom.segments.minmax import MinMax
 from kvloom.segments.outliers import ChannelOutliers, RangeOutliers, TokenOutliers
+from kvloom.segments.pairs import Pairs
+from kvloom.segments.permute import Permute
+from kvloom.segments.product import Product
 from kvloom.segments.project import Project
 from kvloom.segments.prune import Prune
 from kvloom.segments.rotate import Rotate
 from kvloom.segments.sphere import SignResidual, Sphere
+from kvloom.segments.symmetric import Symmetric
 
 shapes = st.tuples(st.integers(1, 3), st.integers(0, 4), st.sampled_from([8, 16, 24, 64]))
 
@@ -62,8 +67,25 @@ def codecs() -> st.SearchStrategy[Codec]:
         Project, st.one_of(st.builds(Exact), tokens), st.sampled_from([3, 8]), st.just(join), st.none(), st.booleans()
     ))  # fmt: skip
     pruned = st.builds(Prune, st.one_of(st.builds(Exact), tokens), st.sampled_from([0.0, 0.4]))
+    blocks = st.builds(BlockFloat, st.sampled_from(MANTISSAS), st.sampled_from([8, None]))
+    even = st.builds(Symmetric, st.sampled_from([2, 3, 4, 8]), st.sampled_from([8, None]), st.booleans())
+    books = st.builds(Product, st.just(1), st.sampled_from(BITS))
+    moved = st.builds(Permute, st.one_of(blocks, even, channels, books))
     return st.one_of(
-        tokens, channels, st.builds(Balance, channels), st.builds(Exact), sparse, low, turned, levels, pruned, bases
+        blocks,
+        even,
+        books,
+        moved,
+        tokens,
+        channels,
+        st.builds(Balance, channels),
+        st.builds(Exact),
+        sparse,
+        low,
+        turned,
+        levels,
+        pruned,
+        bases,
     )
 
 
@@ -77,6 +99,11 @@ def draw_block(
     if codec.fits:
         order = torch.stack([torch.randperm(dim, generator=generator) for _ in range(h)])
         const = {"balance": torch.rand(h, dim, generator=generator) + 0.5, "order": order.to(torch.int16)}
+    if isinstance(codec, Permute):
+        order = torch.stack([torch.randperm(dim, generator=generator) for _ in range(h)])
+        const = {**const, "order": order.to(torch.int16)}
+    if "book" in const and not isinstance(codec, Pairs):
+        const = {**const, "book": torch.randn(const["book"].shape, generator=generator).mul(size).half()}
     return x, const, codec.encode(x, const)
 
 

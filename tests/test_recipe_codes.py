@@ -22,14 +22,11 @@ RECIPES = (
     "turboquant(bits=4, keys='product', residual=12)",
     "kvquant(bits=2)",
     "kvquant(bits=4, outliers=0.1, spread='head')",
-<<<<<<< HEAD
     "matryoshkakv(keep=0.5, steps=2)",
-=======
     "million(residual=16)",
     "accurate-block-quantization(block=8)",
     "olive",
     "fireq",
->>>>>>> 128e096 (Recipes accurate-block-quantization, olive and fireq: sorted channels in block floats, outlier-victim pairs, learned factors)
     "think(recent=6)",
     "think(recent=6) | kivi(bits=4, group=8, residual=16)",
 )
@@ -132,11 +129,7 @@ def test_nothing_is_encoded_twice(recipe: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("placement", PLACED)
 @pytest.mark.parametrize(
-<<<<<<< HEAD
-    "recipe", [r for r in RECIPES if "layer" not in r and ("head" in r or "turbo" in r or "think" in r or "matr" in r)]
-=======
     "recipe", [r for r in RECIPES if "layer" not in r and r != "kvquant(bits=2)" and r != "gear(group=8, residual=16)"]
->>>>>>> 128e096 (Recipes accurate-block-quantization, olive and fireq: sorted channels in block floats, outlier-victim pairs, learned factors)
 )
 def test_with_placements(recipe: str, placement: str) -> None:
     """No slot is lost or doubled over 42 steps and a second turn; logits stay finite."""

@@ -15,6 +15,9 @@ from kvloom.core.rope import Rope
 from kvloom.core.run import Run
 from kvloom.core.tap import Tap
 from kvloom.kernels import native
+from kvloom.segments.pairs import Pairs
+from kvloom.segments.permute import Permute
+from kvloom.segments.product import Product
 from tests.test_codecs import codecs, draw_block
 
 pytestmark = pytest.mark.skipif(native.ISA is None, reason="needs the compiled kernels")
@@ -82,6 +85,16 @@ def test_every_codec(
     keys, values = k.decode().float(), v.decode().float()
     size = max(1.0, float(values.abs().max()), float(keys.abs().max()) if native.DOT == "float" else 20.0)
     close(found, plain(q, keys, values, logw=logw, cap=cap), size)
+
+
+@pytest.mark.parametrize("codec", [Product(2), Product(4, 4), Product(2, 3), Pairs((1.0, 2.0)), Permute(Pairs((1.0,)))])
+@pytest.mark.parametrize("dim", [32, 64])
+def test_codes_of_several_numbers(codec: Codec, dim: int) -> None:
+    k, v = (run_of(codec, 2, 300, dim, seed, torch.float32) for seed in (1, 2))
+    q = torch.randn(2, 4, dim)
+    found = attention(q, [k], [v])
+    assert found is not None
+    close(found, plain(q, k.decode().float(), v.decode().float()), 10.0)
 
 
 @settings(max_examples=60, deadline=None)

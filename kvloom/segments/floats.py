@@ -13,7 +13,7 @@ from kvloom.errors import RecipeError
 from kvloom.kernels.pack import pack, unpack
 from kvloom.kernels.tile import Tile
 
-__all__ = ["BlockFloat"]
+__all__ = ["MANTISSAS", "BlockFloat"]
 
 BIAS = 127  # of the exponents; they saturate at both ends
 MANTISSAS = (2, 3, 4, 8)
