@@ -18,10 +18,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvloom.core.handle import Handle
 from kvloom.core.mask import LazyMask
+from kvloom.core.project import attentions
 from kvloom.core.view import text_config
 from kvloom.errors import CacheError
 
-__all__ = ["announce", "attach", "detach", "registered"]
+__all__ = ["announce", "attach", "detach", "listen", "registered"]
 
 NAME = "kvloom"
 _local = threading.local()
@@ -52,8 +53,26 @@ def attach(model: PreTrainedModel) -> None:
     config._attn_implementation = _Name.over(config._attn_implementation)
 
 
+def listen(model: PreTrainedModel) -> None:
+    """Makes attention layers tell the input of each call to a kvloom cache that came with it. Other caches notice nothing."""
+    for module in attentions(model).values():
+        if _hear not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_hear, with_kwargs=True)
+
+
+def _hear(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = next((x for x in (*kwargs.values(), *args) if hasattr(x, "hear")), None)
+    if cache is not None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        cache.hear(module.layer_idx, hidden.detach())
+
+
 def detach(model: PreTrainedModel) -> None:
     """Gives the model its own attention implementation back."""
+    for module in attentions(model).values():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _hear:
+                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
     config = text_config(model)
     if registered(config):
         config._attn_implementation = _stock(config)

@@ -29,7 +29,7 @@ __all__ = ["Assembly", "block_of", "blockwise", "rowwise"]
 def blockwise(recipe: Recipe) -> bool:
     """Whether what is stored of a token never depends on what follows it, and runs of it can be joined."""
     main = recipe.kinds["main"]
-    plain = not recipe.policy and not (main.fold or main.turn or main.merge)
+    plain = not recipe.policy and not (main.fold or main.turn or main.merge or main.hidden)
     return plain and all(
         codec.exact
         or (

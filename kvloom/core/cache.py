@@ -55,6 +55,7 @@ class KVLayer(CacheLayerMixin):
         self.seen = 0
         self.recording = False
         self.waiting: Update | None = None
+        self.heard: Tensor | None = None  # the input that the next update belongs to, where it is stored
 
     def __repr__(self) -> str:
         return f"KVLayer({self.cache.recipe.name!r}, tokens={self.seen})"
@@ -98,7 +99,12 @@ class KVLayer(CacheLayerMixin):
                 f"layer {self.site.layer} was updated twice without attention in between. "
                 "Another attention implementation may be active: make a new KVCache for this model."
             )
-        update = self.waiting = Update(self, key_states, value_states)
+        hidden, self.heard = self.heard, None
+        if self.cache.recipe.hidden and (hidden is None or hidden.shape[:2] != key_states.shape[::2]):
+            raise CacheError(
+                f"layer {self.site.layer}: its input did not come with its keys. Make a new KVCache(model, recipe) for this model."
+            )
+        update = self.waiting = Update(self, key_states, value_states, hidden)
         self.seen += key_states.shape[2]
         return Handle.of(update, 0, key_states, self.seen), Handle.of(update, 1, value_states, self.seen)
 
@@ -227,6 +233,8 @@ class KVCache(Cache):
             layers[i] = KVLayer(self, _counted(site, len(sites)))
         super().__init__(layers=layers)
         attach.attach(model)
+        if self.recipe.hidden:
+            attach.listen(model)
         self._registered = attach.registered(self.config)
         self._carries: dict[int, dict[str, Any]] = {}
 
@@ -297,6 +305,11 @@ class KVCache(Cache):
                     row.gaps.cut(row.layer.length)
             for i, layer in others.items():
                 self.layers[i] = layer
+
+    def hear(self, layer: int, hidden: Tensor) -> None:
+        """Takes the input [B, m, hidden] of an attention layer, just before its keys and values come."""
+        if self.recipe.hidden and isinstance(self.layers[layer], KVLayer):
+            self.layers[layer].heard = hidden
 
     def check_caller(self) -> None:
         """Raises if a model that should come through the registered attention function came another way."""

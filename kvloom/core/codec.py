@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from kvloom.core.site import Site
     from kvloom.core.step import Step
 
-__all__ = ["Block", "Codec", "Const", "Exact", "Plane", "Scope", "Tapped", "gather", "of_heads"]
+__all__ = ["SCOPES", "Block", "Codec", "Const", "Exact", "Plane", "Scope", "Tapped", "gather", "of_heads"]
 
 Block = dict[str, Tensor]
 Const = dict[str, Tensor]
 Plane = Literal["key", "value"]
 Scope = Literal["head", "layer", "group", "model"]
+SCOPES: tuple[Scope, ...] = ("head", "layer", "group", "model")
 Tapped = Literal["pre-rope", "post-rope"]
 LEAST, MOST = 1 << 16, 1 << 19  # numbers that are decoded at a time: small enough for a core's cache
 

@@ -108,8 +108,8 @@ def _run(recipe: Recipe, sites: Sequence[Site], tokens: int, decoded: int) -> li
         layers = [_Layer(site, recipe) for site in sites]
         for m in [tokens, *[1] * decoded]:
             for i, (site, layer) in enumerate(zip(sites, layers, strict=True)):
-                rows = torch.empty(site.kv_heads, m, 0)
-                together([layer.forward(rows, rows, rows, Logits(1.0), None, None)])
+                rows, hidden = torch.empty(site.kv_heads, m, 0), torch.empty(1, m, 0)
+                together([layer.forward(rows, rows, rows, Logits(1.0), None, None, hidden)])
                 if layer.mates and (recipe.early or site.layer == layer.mates[-1]):
                     upto = [x for x in layers[: i + 1] if x.mates == layer.mates]
                     stack.settle(upto, len(layer.mates))
@@ -119,17 +119,17 @@ def _run(recipe: Recipe, sites: Sequence[Site], tokens: int, decoded: int) -> li
 class _Hollow(Codec):
     """Stands for a codec where slots have no numbers: its units, fields and constants are real, its rows are empty."""
 
-    def __init__(self, inner: Codec, site: Site, which: Plane) -> None:
+    def __init__(self, inner: Codec, site: Site, which: Plane, dim: int) -> None:
         self.inner, self.unit, self.tap = inner, inner.unit, inner.tap
         self.fits, self.fits_kept = inner.fits, inner.fits_kept
         self.scope, self.shared = inner.scope, inner.shared
         self.site, self.which, self.per = site, which, inner.per
-        self.dim = site.key_dim if which == "key" else site.value_dim
+        self.dim = dim
         self.rows: dict[str, int] = {}  # bytes of one row of each field
         self.sizes: dict[int, _Hollow] = {}
 
     def at(self, site: Site, plane: Plane) -> list[tuple[tuple[int, ...] | None, Codec]]:
-        return [(heads, _Hollow(codec, self.site, self.which)) for heads, codec in self.inner.at(site, plane)]
+        return [(heads, _Hollow(codec, self.site, self.which, self.dim)) for heads, codec in self.inner.at(site, plane)]
 
     def const(self, site: Site, plane: Plane) -> Const:
         return self.inner.const(site, plane)
@@ -138,7 +138,7 @@ class _Hollow(Codec):
         found = self.inner.sized(n)
         if found is self.inner:
             return self
-        return self.sizes.setdefault(id(found), _Hollow(found, self.site, self.which))
+        return self.sizes.setdefault(id(found), _Hollow(found, self.site, self.which, self.dim))
 
     def fit(self, step: Step, x: Tensor) -> Const:
         # a few rows with numbers: constants have their size whatever these are
@@ -204,8 +204,8 @@ class _Layer(Layer):
 
 
 def _hollow(kind: Kind, site: Site) -> Kind:
-    key = kind.key if kind.key.exact else _Hollow(kind.key, site, "key")
-    value = kind.value if kind.value.exact else _Hollow(kind.value, site, "value")
+    key = kind.key if kind.key.exact else _Hollow(kind.key, site, "key", kind.shape(site, "key")[1])
+    value = kind.value if kind.value.exact else _Hollow(kind.value, site, "value", kind.shape(site, "value")[1])
     return replace(kind, key=key, value=value)
 
 
@@ -225,11 +225,14 @@ def _count(layer: Layer, site: Site, seen: dict[int, Any]) -> Held:
         parts["columns"] += 0 if group.heads is None else group.heads.nbytes
         parts["state"] += sum(x.nbytes for x in group.state.values())
         for name, segment in group.segments.items():
-            for plane, dim in ((segment.key, site.key_dim), (segment.value, site.value_dim)):
-                for run in plane.runs:
+            for plane in (segment.key, segment.value):
+                all_heads, dim = segment.kind.shape(site, plane.which)
+                h = min(heads, all_heads)
+                parts[f"{plane.which}s"] += 0
+                for run in () if plane.mirrors else plane.runs:
                     codec = run.codec.inner if isinstance(run.codec, _Hollow) else EXACT
-                    stretches[name, plane.which, codec, heads] += run.n
-                    parts[f"{plane.which}s"] += 0 if codec.joint else codec.nbytes(run.n, heads, dim, site.itemsize)
+                    stretches[name, plane.which, codec, h] += run.n
+                    parts[f"{plane.which}s"] += 0 if codec.joint else codec.nbytes(run.n, h, dim, site.itemsize)
                     for part, buffer in run.fields.items():
                         if part in codec.shared and seen.setdefault(id(buffer), layer) is not layer:
                             continue

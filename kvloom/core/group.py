@@ -34,6 +34,10 @@ class Group:
         """The segments that hold slots."""
         return (segment for segment in self.segments.values() if segment.n)
 
+    def kinds(self) -> list[Kind]:
+        """How each class is stored."""
+        return [segment.kind for segment in self.segments.values()]
+
     @property
     def n(self) -> int:
         """Slots that each head holds."""

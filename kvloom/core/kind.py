@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvloom.core.codec import Codec, Const, Exact, Plane, of_heads
+from kvloom.core.codec import SCOPES, Codec, Const, Exact, Plane, Scope, of_heads
 from kvloom.core.site import Site
-from kvloom.core.tap import Tap, tap_of
+from kvloom.core.tap import InputValues, Tap, inputs_of, tap_of
 
 if TYPE_CHECKING:
     from kvloom.core.select import Selector
@@ -47,7 +47,8 @@ class Kind:
     """How one class of slots is stored. `fold`: what arrives is merged into one slot per head.
 
     `turn`: the class keeps its distance to the newest tokens as if nothing between had been dropped, by rotating the
-    query (StreamingLLM's positions inside the cache). `merge`: the class is attended to apart, and joined that way.
+    query (StreamingLLM's positions inside the cache). `hidden`: the key plane holds the layer's inputs [1, n, hidden], of
+    which both keys and values are made again when they are read; the value plane holds nothing. `merge`: the class is attended to apart, and joined that way.
     `select`: decoded tokens read only what it picks; its slots stay in the order in which they came.
     """
 
@@ -57,9 +58,11 @@ class Kind:
     value_tail: Tail = Tail()
     fold: bool = False
     turn: bool = False
+    hidden: bool = False
     merge: Merge | None = None
     select: Selector | None = None
     tap: Tap | None = field(default=None, compare=False, repr=False)
+    value_tap: InputValues | None = field(default=None, compare=False, repr=False)
     key_const: Const = field(default_factory=dict, compare=False, repr=False)
     value_const: Const = field(default_factory=dict, compare=False, repr=False)
 
@@ -69,12 +72,25 @@ class Kind:
         """
         key, key_const = _of(self.key, site, "key", heads)
         value, value_const = _of(self.value, site, "value", heads)
-        tap = tap_of(site) if key.tap == "pre-rope" else None
-        return replace(self, key=key, value=value, tap=tap, key_const=key_const, value_const=value_const)
+        tap, value_tap = inputs_of(site) if self.hidden else (tap_of(site) if key.tap == "pre-rope" else None, None)
+        return replace(
+            self, key=key, value=value, tap=tap, value_tap=value_tap, key_const=key_const, value_const=value_const
+        )
+
+    def shape(self, site: Site, plane: Plane) -> tuple[int, int]:
+        """Heads and channels of what a plane holds."""
+        if self.hidden:
+            return (1, site.hidden) if plane == "key" else (1, 0)
+        return site.kv_heads, site.key_dim if plane == "key" else site.value_dim
+
+    @property
+    def scope(self) -> Scope:
+        """The widest set of heads or layers that is encoded together."""
+        return max((self.key.scope, self.value.scope, "layer" if self.hidden else "head"), key=SCOPES.index)
 
     @property
     def exact(self) -> bool:
-        return self.key.exact and self.value.exact
+        return self.key.exact and self.value.exact and not self.hidden
 
     @property
     def unit(self) -> int:

@@ -18,6 +18,7 @@ from kvloom.core.run import Buffer
 from kvloom.core.select import narrowed
 from kvloom.core.site import Site
 from kvloom.core.step import Step
+from kvloom.core.tap import Inputs
 from kvloom.errors import CacheError
 from kvloom.kernels import dispatch, reference
 
@@ -102,22 +103,32 @@ class Layer:
         self._joint = bool(self.mates) and any(codec.joint and tail.decode for codec, tail in planes)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, logits: Logits, visible: Visible | None, sinks: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        logits: Logits,
+        visible: Visible | None,
+        sinks: Tensor | None,
+        hidden: Tensor | None = None,
     ) -> Steps:
         """Attends new rows to themselves, exactly, and to all that is stored; stores them; settles unless deferred.
 
         q [Hq, m, D], k [H, m, D], v [H, m, Dv], post-RoPE. `visible`: the mask where it is more than causal, asked with
-        the text index of slots. `sinks` [Hq]: logits that take part in the softmax without a value. Returns [Hq, m, Dv].
+        the text index of slots. `sinks` [Hq]: logits that take part in the softmax without a value.
+        `hidden` [1, m, hidden]: the layer's input, where it is what is stored. Returns [Hq, m, Dv].
         For `together`, which computes the jobs that it yields.
         """
         self.resolve()
         m, first = q.shape[1], self.length
+        if hidden is not None and first == 0:
+            self._prove(k, v, hidden)
         phase: Phase = "prompt" if first == 0 or (m > 1 and not self.defer) else "decode"
         phase = "probe" if self.probing else phase
         policy = self.policy.get(phase)
         queries = 0 if policy is None or policy.score is None else policy.score.queries
         emit = phase == "decode" and queries < 0 and m == 1 and first > 0 and visible is None and not self.defer
-        out, lse, seen = yield from self._attend(q, Rows(k, v, first), logits, visible, emit)
+        out, lse, seen = yield from self._attend(q, Rows(k, v, first, hidden=hidden), logits, visible, emit)
         if sinks is not None:
             total = torch.logaddexp(lse, sinks.float()[:, None])
             out, lse = out.float() * (lse - total).exp_()[..., None], total
@@ -141,6 +152,13 @@ class Layer:
             if not (self.defer or self.probing):
                 self.resolve()
         return out.to(q.dtype)
+
+    def _prove(self, k: Tensor, v: Tensor, hidden: Tensor) -> None:
+        """That this layer's keys and values are indeed made of its input as its taps have it."""
+        for kind in self.groups[0].kinds():
+            for tap, x in ((kind.tap, k), (kind.value_tap, v)):
+                if isinstance(tap, Inputs):
+                    tap.check(x[:, :4], hidden[:, :4].detach(), self.site.layer)
 
     @property
     def _fits(self) -> bool:
@@ -218,7 +236,7 @@ class Layer:
         return torch.cat(parts)[order.argsort()]
 
     def _append(self, rows: Rows) -> None:
-        rows = Rows(rows.k.detach(), rows.v.detach(), rows.index)
+        rows = Rows(rows.k.detach(), rows.v.detach(), rows.index, hidden=rows.hidden)
         for group in self.groups:
             group.segments["main"].append(rows if group.heads is None else rows.heads(group.heads))
 

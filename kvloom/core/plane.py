@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kvloom.core.codec import Block, Codec, Const
 from kvloom.core.codec import Plane as Which
-from kvloom.core.kind import EXACT, Kind
+from kvloom.core.kind import EXACT, Kind, Tail
 from kvloom.core.run import Run, gather
+from kvloom.core.tap import Inputs, InputValues
 
-__all__ = ["SMALL", "Plane"]
+__all__ = ["SMALL", "Mirror", "Plane"]
 
 SMALL = 256  # a sealed run below this many slots is copied when it grows again; a longer one is left shared
 
 
 class Plane:
     """The runs of keys or of values."""
+
+    mirrors: ClassVar[bool] = False  # whether another plane holds what is read here
 
     def __init__(self, kind: Kind, which: Which) -> None:
         self.which, key = which, which == "key"
@@ -44,9 +48,14 @@ class Plane:
             at += run.n
         return found
 
+    @property
+    def inputs(self) -> bool:
+        """Whether the plane holds a layer's inputs, exact ones too: what is read is made of them."""
+        return isinstance(self.tap, Inputs)
+
     def dense(self, start: int, stop: int) -> Tensor:
         """The slots [start, stop), decoded; a view where they lie in one exact run."""
-        if len(self.runs) == 1 and self.runs[0].codec.exact:
+        if len(self.runs) == 1 and self.runs[0].codec.exact and not self.inputs:
             return self.runs[0].fields["x"].rows(start, stop)
         parts, at = [], 0
         for run in self.runs:
@@ -66,9 +75,9 @@ class Plane:
     def append(self, codec: Codec, x: Tensor, at: int | Tensor = 0) -> None:
         """Encodes x [h, m, D] and puts it behind the last run of that codec. `at`: places in the text, for a tap."""
         if codec is EXACT and self.runs and self.runs[-1].codec is EXACT and not self.runs[-1].sealed:
-            self.runs[-1].fields["x"].append(x)
+            self.runs[-1].append({"x": x}, at)
             return
-        tap = None if codec.exact else self.tap
+        tap = None if codec.exact and not self.inputs else self.tap
         if tap is not None:
             where = at if isinstance(at, Tensor) else torch.arange(at, at + x.shape[1], device=x.device)[None]
             x = tap.off(x, where)
@@ -90,7 +99,8 @@ class Plane:
 
     def insert(self, codec: Codec, block: Block, at: int | Tensor = 0) -> Run:
         """A new run behind the last encoded one; behind all, if it is exact."""
-        run = Run(codec, block, {}, None, at) if codec.exact else Run(codec, block, self.const, self.tap, at)
+        tap = self.tap if self.inputs or not codec.exact else None
+        run = Run(codec, block, {} if codec.exact else self.const, tap, at)
         frozen = sum(not run.codec.exact for run in self.runs)
         self.runs.insert(len(self.runs) if codec is EXACT else frozen, run)
         return run
@@ -110,17 +120,19 @@ class Plane:
         """The first exact slots, [h, count, D]; a view."""
         tail = [run for run in self.runs if run.codec.exact]
         if len(tail) > 1 or tail[0].sealed:
-            exact = torch.cat([run.decode() for run in tail], 1)
+            exact = torch.cat([run.fields["x"].view for run in tail], 1)
+            moved = any(run.at is not None for run in tail)
+            at = torch.cat([run.places(0, run.n) for run in tail], 1) if moved else tail[0].start
             self.runs = [run for run in self.runs if not run.codec.exact]
-            self.append(EXACT, exact)
-        return self.runs[-1].decode()[:, :count]
+            self.append(EXACT, exact, at)
+        return self.runs[-1].fields["x"].view[:, :count]
 
     def freed(self, count: int) -> None:
         """Forgets the `oldest` exact slots, which have been encoded."""
         if count == self.runs[-1].n:
             self.runs.pop()
         else:
-            self.runs[-1].fields["x"].drop_front(count)
+            self.runs[-1].drop_front(count)
 
     def take(self, slots: Tensor) -> None:
         """Keeps the slots [h, r], ascending and, in frozen runs, in whole units; heads keep equally many per run."""
@@ -141,7 +153,8 @@ class Plane:
     def rows(self, slots: Tensor) -> Tensor:
         """The slots [h, r], decoded: [h, r, D]."""
         if len(self.runs) == 1 and self.runs[0].codec.exact:
-            return gather(self.runs[0].decode(), slots)
+            x = self.runs[0].decode()
+            return gather(x, slots.expand(len(x), -1))
         parts, start = [], 0
         for run in self.runs:
             here = (slots >= start) & (slots < start + run.n)
@@ -174,4 +187,38 @@ class Plane:
     @property
     def writable(self) -> bool:
         """Whether slots may change places: what is encoded later must stay in order."""
-        return self.codec.exact and len(self.runs) == 1 and not self.runs[0].sealed
+        return self.codec.exact and len(self.runs) == 1 and not self.runs[0].sealed and not self.inputs
+
+
+class Mirror(Plane):
+    """The values of a segment whose key plane holds a layer's inputs: read from there, nothing is stored."""
+
+    mirrors = True
+
+    def __init__(self, key: Plane, tap: InputValues) -> None:
+        self.which, self.key, self.reader = "value", key, tap
+        self.codec, self.rule, self.const, self.tap, self.fitted = EXACT, Tail(), {}, tap, True
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run.seen_by(self.reader) for run in self.key.runs]
+
+    @runs.setter
+    def runs(self, runs: list[Run]) -> None:
+        """They are the key plane's, whatever becomes of them there."""
+
+    def append(self, codec: Codec, x: Tensor, at: int | Tensor = 0) -> None:
+        """The key plane has taken the slots."""
+
+    def settle(self, index: Callable[[int, int], int | Tensor], decoding: bool) -> None:
+        """The key plane freezes."""
+
+    def take(self, slots: Tensor) -> None:
+        """The key plane gives up slots."""
+
+    def own(self) -> None:
+        """Nothing is held here."""
+
+    @property
+    def writable(self) -> bool:
+        return False

@@ -123,7 +123,7 @@ def _dump_segment(
     planes: dict[str, Any] = {}
     for which, plane in (("key", segment.key), ("value", segment.value)):
         forms, listed = plane.codec.forms(), []
-        for r, run in enumerate(plane.runs):
+        for r, run in enumerate(() if plane.mirrors else plane.runs):
             form = EXACT_RUN if run.codec.exact else forms.index(run.codec)
             listed.append([form, run.n, run.sealed, run.start, run.at is not None])
             for name, x in run.block.items():
@@ -278,11 +278,14 @@ def _blank(inner: Layer, at: Tensor) -> Group:
     raise CacheError("the state does not fit this cache: heads that are not stored alike.")
 
 
-def _fill(segment: Segment, facts: Any, h: int, prefix: str, inner: Layer, take: _Taker) -> None:
+def _fill(segment: Segment, facts: Any, heads: int, prefix: str, inner: Layer, take: _Taker) -> None:
     kind, site = segment.kind, inner.site
     segment.n, segment.start = _count(facts["n"], "slots", 1 << 31), _count(facts["start"], "start", inner.length)
     checked("a folded class of many slots", not kind.fold or segment.n <= 1, segment.n)
-    for which, plane, dim in (("key", segment.key, site.key_dim), ("value", segment.value, site.value_dim)):
+    for which, plane in (("key", segment.key), ("value", segment.value)):
+        all_heads, dim = kind.shape(site, plane.which)
+        h = heads if all_heads == site.kv_heads else all_heads
+        wide = site.key_dim if which == "key" else site.value_dim
         own, forms = facts[which]["const"], plane.codec.forms()
         checked("constants that its codec does not have", plane.codec.fits or not own, own)
         for name in own:
@@ -292,6 +295,7 @@ def _fill(segment: Segment, facts: Any, h: int, prefix: str, inner: Layer, take:
             assert x is not None
             plane.const = {**plane.const, name: take(which, part.field, tuple(x.shape), x.dtype).clone()}
         plane.fitted = bool(facts[which]["fitted"])
+        checked("slots where another plane holds them", not (plane.mirrors and facts[which]["runs"]))
         for r, (form, n, sealed, start, placed) in enumerate(facts[which]["runs"]):
             coded = form != EXACT_RUN
             checked("an encoded run of an exact class", not (coded and plane.codec.exact))
@@ -302,14 +306,14 @@ def _fill(segment: Segment, facts: Any, h: int, prefix: str, inner: Layer, take:
             at: int | Tensor = _count(start, "start of a run", inner.length)
             if placed:
                 name = f"{prefix}.{which}.{r}.at"
-                wide = len(take.tensors.get(Part(site.layer, "column", name), ())) == h
-                at = take("column", name, (h if wide else 1, n), torch.int32)
-            run = Run(codec, block, plane.const if coded else {}, plane.tap if coded else None, at)
+                each = len(take.tensors.get(Part(site.layer, "column", name), ())) == h
+                at = take("column", name, (h if each else 1, n), torch.int32)
+            run = Run(codec, block, plane.const if coded else {}, plane.tap if coded or plane.inputs else None, at)
             checked("slots of a run", run.n == n, (run.n, n))
             if (
                 coded
             ):  # whatever else the codec relies on: it reads the run once, here and not in the middle of an answer
-                checked("an encoded run that decodes to something else", tuple(run.decode().shape) == (h, n, dim))
+                checked("an encoded run that decodes to something else", run.decode().shape[1:] == (n, wide))
             run.sealed = bool(sealed)
             plane.runs.append(run)
         order = [run.codec.exact for run in plane.runs]
@@ -318,8 +322,8 @@ def _fill(segment: Segment, facts: Any, h: int, prefix: str, inner: Layer, take:
     for name in facts["columns"]:
         dtype = torch.int32 if name == "index" else torch.float32
         rows = take.tensors.get(Part(site.layer, "column", f"{prefix}.{name}"))
-        wide = rows is not None and rows.dim() == 2 and rows.shape[0] == h
-        x = take("column", f"{prefix}.{name}", (h if wide else 1, segment.n), dtype)
+        each = rows is not None and rows.dim() == 2 and rows.shape[0] == heads
+        x = take("column", f"{prefix}.{name}", (heads if each else 1, segment.n), dtype)
         if name == "index" and x.numel():
             checked("places outside the text", int(x.amin()) >= 0 and int(x.amax()) < inner.length)
         segment.cols[name] = Buffer(x)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
 
-from kvloom.core.codec import Codec, Scope
+from kvloom.core.codec import SCOPES, Codec, Scope
 from kvloom.core.kind import Kind, Tail
-from kvloom.core.tap import tap_of
+from kvloom.core.tap import inputs_of, tap_of
 from kvloom.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ __all__ = [
 Phase = Literal["prompt", "decode", "probe"]
 Groups = tuple[tuple[int, ...], ...]
 DROP = -1
-SCOPES: tuple[Scope, ...] = ("head", "layer", "group", "model")
 
 
 class Scorer(Protocol):
@@ -195,6 +194,11 @@ class Recipe:
         return self.name
 
     @property
+    def hidden(self) -> bool:
+        """Whether a class stores the layers' inputs, so that they have to be listened to."""
+        return any(kind.hidden for kind in self.kinds.values())
+
+    @property
     def classes(self) -> tuple[str, ...]:
         return tuple(self.kinds)
 
@@ -222,10 +226,13 @@ class Recipe:
             if self.check:
                 self.check(site)
             for kind in self.kinds.values():
-                kind.key.check(site, "key")
-                kind.value.check(site, "value")
+                held = replace(site, kv_heads=1, key_dim=site.hidden) if kind.hidden else site
+                kind.key.check(held, "key")
+                kind.value.check(held, "value")
                 if kind.key.tap == "pre-rope":
                     tap_of(site, self.name)
+                if kind.hidden:
+                    inputs_of(site, self.name)
         self._check_selectors()
         policy = {phase: replace(p, budget=p.budget.bind(self, sites)) for phase, p in self.policy.items()}
         groups = self.groups
@@ -270,12 +277,12 @@ class Recipe:
         total = 0
         for name, n in held.items():
             kind = self.kinds[name]
-            for parts, tail, dim in (
-                (kind.key.at(site, "key"), kind.key_tail, site.key_dim),
-                (kind.value.at(site, "value"), kind.value_tail, site.value_dim),
+            for parts, tail, (all_heads, dim) in (
+                (kind.key.at(site, "key"), kind.key_tail, kind.shape(site, "key")),
+                (kind.value.at(site, "value"), kind.value_tail, kind.shape(site, "value")),
             ):
                 for some, codec in parts:
-                    heads = site.kv_heads if some is None else len(some)
+                    heads = all_heads if some is None else len(some)
                     frozen = 0 if codec.exact else tail.due(n)
                     total += (
                         codec.nbytes(frozen, heads, dim, site.itemsize) + (n - frozen) * heads * dim * site.itemsize
@@ -308,6 +315,8 @@ class Recipe:
 
 def stacked(a: Kind, b: Kind) -> Kind | None:
     """One kind that stores as both do, where in each plane only one encodes, or one takes the other inside (left first)."""
+    if a.hidden or b.hidden:
+        return (b if a.exact else a) if a.exact or b.exact else None
     planes: list[tuple[Codec, Tail]] = []
     for (x, rule), (y, other) in (
         ((a.key, a.key_tail), (b.key, b.key_tail)),
@@ -341,7 +350,7 @@ def compose(a: Recipe, b: Recipe) -> Recipe:
     main = replace(main, select=mine.select or its.select)
     kinds = {**stored.kinds, **placed.kinds, "main": main}
     for phase, policy in placed.policy.items():
-        wide = max((main.key.scope, main.value.scope), key=SCOPES.index)
+        wide = main.scope
         if SCOPES.index(policy.place.scope) < SCOPES.index(wide):
             raise RecipeError(
                 f"{name}: {placed.name} drops tokens per {policy.place.scope}, but {stored.name} encodes a whole "

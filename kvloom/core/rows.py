@@ -16,13 +16,15 @@ class Rows:
 
     `index` is the slots' place in the text: [h, n] or [1, n] int32, or the first place if they are consecutive.
     `cols` are named numbers that follow a slot through every move, [h, n] or [1, n]: "logw" (log of the number of
-    tokens that the slot stands for, added to its logit), scores that a policy accumulates, ...
+    tokens that the slot stands for, added to its logit), scores that a policy accumulates, ... `hidden` [1, n, hidden]: the
+    layer's inputs, for kinds that store them.
     """
 
     k: Tensor
     v: Tensor
     index: Tensor | int
     cols: dict[str, Tensor] = field(default_factory=dict)
+    hidden: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -44,7 +46,7 @@ class Rows:
             return x if x.shape[0] == 1 else x[heads]
 
         index = pick(self.index) if isinstance(self.index, Tensor) else self.index
-        return Rows(self.k[heads], self.v[heads], index, {c: pick(x) for c, x in self.cols.items()})
+        return Rows(self.k[heads], self.v[heads], index, {c: pick(x) for c, x in self.cols.items()}, self.hidden)
 
     def column(self, name: str) -> Tensor:
         """A column as [h, n]; zeros where the slots do not carry it."""

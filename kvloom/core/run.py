@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvloom.core.codec import Block, Codec, Const, gather, of_heads
-from kvloom.core.tap import Tap
+from kvloom.core.tap import InputValues, Tap
 from kvloom.kernels import reference
 from kvloom.kernels.dispatch import kernels_for
 from kvloom.kernels.tile import Term
@@ -147,6 +147,12 @@ class Run:
         for name, x in block.items():
             self.fields[name].append(x)
 
+    def drop_front(self, slots: int) -> None:
+        """Forgets the first slots of a run that holds one row for each."""
+        self.start += slots
+        for buffer in self.stored.values():
+            buffer.drop_front(slots)
+
     def part(self, start: int, stop: int) -> Block:
         """The slots [start, stop), which must fall on unit borders: views."""
         return self.codec.cut(self.block, start, stop)
@@ -170,6 +176,8 @@ class Run:
 
     def mix(self, p: Tensor) -> Tensor:
         """Weighted sums [h, R, D] in fp32 of the first slots, as many as p [h, R, n] has weights, whole units."""
+        if isinstance(self.tap, InputValues):
+            return self.tap.mix(self, p)
         return self.codec.mix(p, self.part(0, p.shape[-1]), self.const)
 
     def describe(self, q: Tensor | None, kept: list[Tensor]) -> Any:
@@ -193,6 +201,13 @@ class Run:
         const = {name: of_heads(x, heads) for name, x in self.const.items()}
         at = self.start if self.at is None else of_heads(self.at.view, heads)
         return Run(self.codec, {name: of_heads(x, heads) for name, x in self.block.items()}, const, self.tap, at)
+
+    def seen_by(self, tap: Tap) -> Run:
+        """This very run, read through another tap."""
+        twin = Run.__new__(Run)
+        twin.__dict__.update(self.__dict__)
+        twin.tap = tap
+        return twin
 
     def copy(self) -> Run:
         return Run(self.codec, self.block, self.const, self.tap, self.start if self.at is None else self.at.view)

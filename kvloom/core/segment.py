@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvloom.core.codec import of_heads
 from kvloom.core.kind import EXACT, Kind, Tail
-from kvloom.core.plane import Plane
+from kvloom.core.plane import Mirror, Plane
 from kvloom.core.rows import Rows
 from kvloom.core.run import Buffer, Run, gather
 from kvloom.errors import CacheError
@@ -29,7 +29,8 @@ class Segment:
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
-        self.key, self.value = Plane(kind, "key"), Plane(kind, "value")
+        self.key = Plane(kind, "key")
+        self.value = Plane(kind, "value") if kind.value_tap is None else Mirror(self.key, kind.value_tap)
         self.cols: dict[str, Buffer] = {}
         self.n, self.start = 0, 0
         self.moves = 0  # how often slots have left or changed places
@@ -92,10 +93,12 @@ class Segment:
             if name not in self.cols:
                 self._column(name, rows.cols[name].new_zeros((rows.cols[name].shape[0], self.n)))
             self._extend(name, rows.cols.get(name, self.cols[name].data.new_zeros((1, m))))
-        for plane, x in ((self.key, rows.k), (self.value, rows.v)):
+        for plane, x in ((self.key, rows.hidden if self.key.inputs else rows.k), (self.value, rows.v)):
+            assert x is not None
             alone = not plane.codec.exact and not plane.codec.joint
             whole = settled and alone and plane.frozen == self.n and plane.rule.due(m) == m
-            plane.append(plane.codec.sized(m) if whole else EXACT, x, rows.index if whole and plane.tap else 0)
+            at = rows.index if plane.inputs or (whole and plane.tap) else 0
+            plane.append(plane.codec.sized(m) if whole else EXACT, x, at)
         self.n += m
 
     def _place(self, rows: Rows) -> None:

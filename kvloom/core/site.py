@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from kvloom.core.project import Projection
     from kvloom.core.rope import Rope
 
 __all__ = ["Site"]
@@ -26,6 +27,8 @@ class Site:
     value_dim: int
     dtype: torch.dtype
     find_rope: Callable[[], Rope | None] = field(repr=False, compare=False)
+    hidden: int = 0
+    find_projection: Callable[[Site], Projection] | None = field(default=None, repr=False, compare=False)
 
     @property
     def group(self) -> int:
@@ -36,6 +39,11 @@ class Site:
     def itemsize(self) -> int:
         """Bytes of one exact number."""
         return self.dtype.itemsize
+
+    @property
+    def projection(self) -> Projection | None:
+        """How this layer makes keys and values of its input, [n, hidden]; None where there is no model to ask."""
+        return None if self.find_projection is None else self.find_projection(self)
 
     @property
     def rope(self) -> Rope | None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from kvloom.core.project import Projection
 from kvloom.core.rope import Rope
 from kvloom.core.site import Site
-from kvloom.errors import RecipeError
+from kvloom.errors import ModelError, RecipeError
 from kvloom.kernels.tile import Tile
 
-__all__ = ["Tap", "tap_of"]
+if TYPE_CHECKING:
+    from kvloom.core.run import Run
+
+__all__ = ["InputValues", "Inputs", "Tap", "inputs_of", "tap_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +47,50 @@ class Tap:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Inputs(Tap):
+    """Keys made of the layer's inputs, which are what is stored: [1, n, hidden]. `project`: the layer's own weights."""
+
+    project: Projection | None = None
+
+    def off(self, keys: Tensor, at: Tensor) -> Tensor:
+        """What comes are inputs already."""
+        return keys
+
+    def check(self, x: Tensor, hidden: Tensor, layer: int) -> None:
+        """Raises ModelError if x [H, n, D], first in its text, is not what comes of these inputs."""
+        if not hidden.shape[-1]:
+            return
+        found = self.on(hidden, torch.arange(x.shape[1], device=x.device)[None]).float()
+        if float((found - x).abs().max()) > max(1e-3, 16 * torch.finfo(x.dtype).eps) * float(x.abs().max()):
+            raise ModelError(
+                f"layer {layer}: keys and values are not just its input times its weights, so they can't be made of it again. "
+                "Use a recipe that stores them, such as kivi."
+            )
+
+    def on(self, keys: Tensor, at: Tensor) -> Tensor:
+        """Inputs -> keys [H, n, D] as the model caches them."""
+        if self.project is None or not keys.shape[-1]:
+            return keys
+        return super().on(self.project.keys(keys[0].to(self.dtype)), at)
+
+
+@dataclass(frozen=True, eq=False)
+class InputValues(Inputs):
+    """Values made of the layer's inputs."""
+
+    def on(self, keys: Tensor, at: Tensor) -> Tensor:
+        """Inputs -> values [H, n, Dv]."""
+        return keys if self.project is None or not keys.shape[-1] else self.project.values(keys[0].to(self.dtype))
+
+    def mix(self, run: Run, p: Tensor) -> Tensor:
+        """Sums of values weighted by p [H, R, n]: those of the inputs, projected once."""
+        assert self.project is not None
+        h, rows, n = p.shape
+        x = run.codec.mix(p.reshape(1, h * rows, n), run.part(0, n), run.const)
+        return self.project.mixed(x.view(h, rows, -1), p.sum(-1, keepdim=True))
+
+
 def tap_of(site: Site, recipe: str = "") -> Tap:
     """The tap of a layer. Raises RecipeError where its frequencies change with the length of the text."""
     rope = site.rope
@@ -51,3 +100,9 @@ def tap_of(site: Site, recipe: str = "") -> Tap:
             f"{site.layer} change with the length of the text, so keys can't be turned back. Use a recipe such as kivi."
         )
     return Tap(rope, site.dtype)
+
+
+def inputs_of(site: Site, recipe: str = "") -> tuple[Inputs, InputValues]:
+    """Taps of a layer whose inputs are stored in the place of its keys and values. Raises RecipeError or ModelError."""
+    tap = tap_of(site, recipe)
+    return tuple(kind(tap.rope, tap.dtype, site.projection) for kind in (Inputs, InputValues))  # type: ignore[return-value]

@@ -38,10 +38,10 @@ def watched(by: Watcher) -> Iterator[None]:
 
 
 class Update:
-    """New rows k [B, H, m, D], v [B, H, m, Dv]. Attended once with their own queries, then stored."""
+    """New rows k [B, H, m, D], v [B, H, m, Dv], and where it is stored their layer's input [B, m, hidden]. Attended once with their own queries, then stored."""
 
-    def __init__(self, layer: KVLayer, k: Tensor, v: Tensor) -> None:
-        self.layer = layer
+    def __init__(self, layer: KVLayer, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> None:
+        self.layer, self.hidden = layer, hidden
         self.k: Tensor | None = k
         self.v: Tensor | None = v
         self.m, self.offset = k.shape[2], layer.seen
@@ -60,7 +60,7 @@ class Update:
                 f"layer {self.layer.site.layer}: its keys are attended to by a second layer (shared KV), which "
                 f"{self.layer.cache.recipe.name} cannot serve. Use a stock cache for this model."
             )
-        k, v, self.k, self.v = self.k, self.v, None, None
+        k, v, hidden, self.k, self.v, self.hidden = self.k, self.v, self.hidden, None, None, None
         self.layer.waiting = None
         self.layer.resolve()
         held = DenseMask(mask, k.shape[1]) if isinstance(mask, Tensor) else mask
@@ -82,7 +82,8 @@ class Update:
             visible = held.row(b, row.gaps, real) if held is not None else None
             q_row, k_row, v_row = (x[b] if real is None else x[b][:, real] for x in (query, k, v))
             places.append((b, real))
-            forwards.append(row.layer.forward(q_row, k_row, v_row, logits, visible, sinks))
+            x_row = None if hidden is None else hidden[b][None] if real is None else hidden[b][None, real]
+            forwards.append(row.layer.forward(q_row, k_row, v_row, logits, visible, sinks, x_row))
         found = together(forwards)
         self.layer.settle()
         if len(self.layer.rows) == 1 and places and places[0][1] is None:

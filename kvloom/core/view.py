@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from kvloom.core.project import projection_of
 from kvloom.core.rope import Rope, rope_of
 from kvloom.core.site import Site
 from kvloom.errors import ModelError
@@ -33,7 +35,8 @@ def sites_of(model: PreTrainedModel) -> dict[int, Site]:
     """One site for each decoder layer, from the configuration; shapes are confirmed by the first keys."""
     config = text_config(model)
     dtype = model.dtype if isinstance(model.dtype, torch.dtype) else torch.float32
-    return sites_from(config, dtype, partial(partial, rope_of, model), f"model {type(model).__name__}")
+    found = sites_from(config, dtype, partial(partial, rope_of, model), f"model {type(model).__name__}")
+    return {i: replace(site, find_projection=partial(projection_of, model)) for i, site in found.items()}
 
 
 def last_logits(model: PreTrainedModel) -> dict[str, int]:
@@ -58,7 +61,7 @@ def sites_from(
     kv_heads = kv_heads_of(config)
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return {
-        i: Site(i, config.num_hidden_layers, heads, kv_heads, dim, dim, dtype, find_rope(i))
+        i: Site(i, config.num_hidden_layers, heads, kv_heads, dim, dim, dtype, find_rope(i), config.hidden_size)
         for i in range(config.num_hidden_layers)
     }
 

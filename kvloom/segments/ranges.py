@@ -5,12 +5,14 @@ And values divided by what their channel can be before they share a token's scal
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kvloom.core.codec import Block, Codec, Const, Scope
+from kvloom.core.codec import Block, Codec, Const, Plane, Scope
+from kvloom.core.site import Site
 from kvloom.segments.minmax import MinMax
 from kvloom.segments.nested import Nested
 
@@ -82,12 +84,15 @@ class TokenMinMax(MinMax):
 class ChannelScale(Nested):
     """Stores x / c, where c = sqrt(max |x|) of each channel: then channels of unlike size can share a token's scale.
 
-    c is taken from the first prompt and stays, since codes made with one c can't be read with another.
+    c is taken from the first prompt and stays, since codes made with one c can't be read with another; or `table[layer]` has it.
     """
 
-    def __init__(self, inner: Codec) -> None:
+    def __init__(self, inner: Codec, table: Mapping[int, Const] | None = None) -> None:
         super().__init__(inner)
-        self.fits = True
+        self.table, self.fits = table, table is None
+
+    def const(self, site: Site, plane: Plane) -> Const:
+        return {**({} if self.table is None else self.table[site.layer]), **self.inner.const(site, plane)}
 
     def __repr__(self) -> str:
         return f"ChannelScale({self.inner!r})"
