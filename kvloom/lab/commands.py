@@ -209,6 +209,60 @@ def codecs(
 
 
 @app.command
+def selection(
+    *,
+    model: str = "nano",
+    cache: Annotated[list[str] | None, Parameter(negative="")] = None,
+    ratios: Annotated[list[float] | None, Parameter(consume_multiple=True, negative="")] = None,
+    examples: int = 20,
+    length: int = 4096,
+    workers: int = 2,
+    out: Path = Path("lab") / "selection",
+    markdown: Path | None = None,
+    json: Json = False,
+) -> None:
+    """One table of all recipes that choose or merge tokens: recall when the question is seen early, late, or second; KL; bytes.
+
+    Give the same command again to go on after a stop.
+
+    Args:
+        model: Folder, hub id or "nano".
+        cache: A recipe without a budget; give it once per recipe. Without it: all that keep fewer tokens.
+        ratios: Budgets, as shares of the prompt. Default: 0.2 0.05.
+        examples: Prompts of each cell.
+        length: Tokens of a prompt and its answers.
+        workers: Processes that share the examples and torch's threads.
+        out: The folder of the run.
+        markdown: A page to write the tables to, such as docs/selection.md.
+    """
+    from kvloom.lab import selection as table
+    from kvloom.lab.records import Results, load
+
+    if workers < 1 or examples < 1:
+        raise KvloomError(f"--workers {workers} and --examples {examples} must be at least 1.")
+    shares = tuple(ratios or table.RATIOS)
+    chosen, refused = table.recipes_at(model, shares, cache)
+    with Results(out) as results, progress(0, live=False) as tell:
+        table.go(model, chosen, examples, length, workers, results, tell)
+    records = load([out])
+    if markdown is not None:
+        said = [f'--cache "{x}"' for x in cache or []]
+        said += [f"--ratios {' '.join(map(str, ratios))}"] if ratios else []
+        said += [
+            f"--{name} {x}" for name, x, usual in (("examples", examples, 20), ("length", length, 4096)) if x != usual
+        ]
+        page = table.markdown(
+            records, shares, " ".join(["kvloom lab selection", *said, f"--markdown {markdown}"]), refused
+        )
+        markdown.write_text(page, encoding="utf-8")
+    if json:
+        print_json([asdict(line) for line in table.lines(records)])
+        return
+    heads, *rows = table.table(table.lines(records))
+    _table(heads, rows)
+
+
+@app.command
 def tasks(name: str | None = None, *, json: Json = False) -> None:
     """All tasks, or one of them with an example.
 

@@ -6,13 +6,14 @@ Later turns ask for other facts of the same document, so a cache that kept only 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
 from kvloom.errors import LabError
 from kvloom.lab.tasks.base import Example, Kit, Turn, generated
 from kvloom.models.training.evaluate import holds
-from kvloom.models.training.recall import Haystack, Sample, make_sample
+from kvloom.models.training.recall import KINDS, Haystack, Sample, make_sample
 from kvloom.models.training.tokenizer import DOCUMENT_END
 
 __all__: list[str] = []
@@ -25,12 +26,15 @@ def _haystack(tokenizer: Any, text: str) -> Haystack:
     return Haystack(text, lambda piece: len(tokenizer.encode(piece, add_special_tokens=False)))
 
 
-def _example(sample: Sample, limit: int) -> Example:
+LIMITS = {"single": 32, "multi-key": 32, "multi-value": 80, "multi-query": 80}  # tokens of an answer
+
+
+def _example(sample: Sample) -> Example:
     turns = tuple(
         Turn(
             question.text,
             (question.answer,),
-            limit,
+            LIMITS[question.kind],
             "recalled",
             extra={"keys": question.keys, "values": {fact.key: fact.values for fact in sample.facts}},
         )
@@ -49,7 +53,7 @@ def _made(kind: str, turns: int, limit: int, kit: Kit, rng: random.Random, lengt
         if not all(holds(question.answer, question, sample.facts) for question in sample.questions):
             seed += 1  # a value is also the number in a key such as "word-461"
             continue
-        example = _example(sample, limit)
+        example = _example(sample)
         over = kit.size(example) - length
         if over <= 0:
             return example
@@ -66,3 +70,14 @@ for _kind, _turns, _limit, _about in (
     ("multi-query", 2, 80, "nine facts, three keys asked in each of two turns"),
 ):
     generated(f"recall/{_kind.replace('-', '_')}", f"Planted facts: {_about}.")(partial(_made, _kind, _turns, _limit))
+
+
+@generated(
+    "selection",
+    "Planted facts of three kinds in one document, asked in three turns; every third example begins with another kind.",
+)
+def _kinds(kit: Kit, rng: random.Random, length: int, index: int) -> Example:
+    """`about`: the number of the first turn's kind; see `kvloom.lab.selection`."""
+    example = _made(KINDS, 3, 48, kit, rng, length, index)
+    first = index % 3
+    return replace(example, turns=(*example.turns[first:], *example.turns[:first]), about={"first": first})

@@ -19,6 +19,7 @@ from kvloom.models.training.wordings import EASY, HELD_OUT, LOOSE, TRAIN, Wordin
 
 TASKS = ("single", "multi-key", "multi-value", "multi-query")
 SHARED = "shared"  # one document for the last three: 9 keys with one value, 1 key with 3
+KINDS = "kinds"  # one document for the first three: a fact of another kind than 8 keys with one value and 1 key with 3
 FOLDER = Path(__file__).parent
 
 
@@ -200,13 +201,21 @@ def task_plan(
 
     single: one needle. multi-key: one asked among 8 distractors. multi-value: 3 values of one key, 3
     distractors. multi-query: 3 keys asked at once, 3 distractors. shared: a multi-key, a multi-value and a
-    multi-query question about one document with 9 + 1 keys.
+    multi-query question about one document with 9 + 1 keys. kinds: a single, a multi-key and a multi-value question about one.
     """
     if task == SHARED:
         facts = draw_facts(rng, [3] + [1] * 9, split, wording)
         questions = [ask(rng, group, wording) for group in (facts[1:2], facts[:1], facts[2:5])]
         questions[0].kind = "multi-key"
         return facts, questions
+    if task == KINDS:
+        while True:
+            lone, others = (draw_facts(rng, counts, split, wording) for counts in ([1], [3] + [1] * 8))
+            if lone[0].noun != others[0].noun and lone[0].key not in {fact.key for fact in others}:
+                break
+        questions = [ask(rng, group, wording) for group in (lone, others[1:2], others[:1])]
+        questions[1].kind = "multi-key"
+        return lone + others, questions
     extra = (
         {"single": 0, "multi-key": 8, "multi-value": 3, "multi-query": 3}[task] if distractors is None else distractors
     )
@@ -269,7 +278,7 @@ def make_sample(
     """A sample whose first user turn has about ``length`` tokens; needles stand at random depths.
 
     Args:
-        task: one of ``TASKS``, or ``SHARED``.
+        task: one of ``TASKS``, or ``SHARED``, or ``KINDS``.
         length: tokens of the first prompt with its chat marks (within 2 %).
         split, wording: "train" or "held-out", for key words and for sentences.
         turns: questions in all; the first stands in ``messages``, the rest are for later turns.
