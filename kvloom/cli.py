@@ -18,7 +18,8 @@ from rich.table import Table
 
 from kvloom.bench.commands_coding import app as bench
 from kvloom.core.registry import Registry
-from kvloom.errors import KvloomError, RecipeError, StoreError
+from kvloom.errors import KvloomError, StoreError
+from kvloom.lab.calibrate import calibrate
 from kvloom.lab.commands import app as lab
 from kvloom.lab.inspect.commands import inspect
 from kvloom.lab.terminal import Json, print_json, progress, read_text
@@ -51,6 +52,7 @@ app = App(name="kvloom", help=HELP, version_flags=["--version"])
 app.command(bench)
 app.command(plan)
 app.command(inspect)
+app.command(calibrate)
 app.command(lab)
 app.command(_store())
 Limit = Annotated[int, Parameter(help="Tokens of one answer, at most.")]
@@ -346,47 +348,6 @@ def doctor(
     for name, value in found.items():
         table.add_row(name, str(value))
     Console().print(table)
-
-
-@app.command
-def calibrate(
-    model: str,
-    *,
-    cache: Annotated[str, Parameter(name=["--cache", "--recipe"])],
-    text: Path | None = None,
-    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
-    json: Json = False,
-) -> None:
-    """Measure a model once for a recipe that needs it, and write the profile to a file.
-
-    A profile in its default place is found by itself; any other as: --cache "kvquant(profile='FILE')".
-
-    Args:
-        model: Folder, hub id or "nano".
-        cache: The recipe to measure for, with its options.
-        text: What the model reads meanwhile, if the recipe wants a text; without it, a book that comes with kvloom.
-        output: The profile to write (safetensors). Without it: the model's own folder, or the user's cache.
-    """
-    import torch
-
-    from kvloom import parse
-    from kvloom.core.profile import default_path
-    from kvloom.lab.measure import NANO
-
-    recipe = parse(cache)
-    if recipe.calibrate is None:
-        raise RecipeError(f"--cache {cache!r} needs no profile. Give one that does, such as kvquant or razorattention.")
-    words = read_text(text or NANO.parent / "text" / "gutenberg.txt", "--text")
-    network, tokenizer = _prepare(model)
-    path = output or default_path(network, cache.partition("(")[0].strip())
-    ids = torch.tensor(tokenizer.encode(words, add_special_tokens=False))
-    with progress(None) as tell:
-        found = recipe.calibrate(network, ids, path, tell)
-    if json:
-        print_json({"file": str(path), "tensors": {name: list(x.shape) for name, x in found.items()}})
-    else:
-        size = path.stat().st_size
-        Console().print(f"Wrote {path}: {len(found)} tensors, {size:,} bytes.", highlight=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

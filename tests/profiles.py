@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from kvloom import parse
 from kvloom.core.view import fingerprint
 
-NEEDY = ("kvquant", "matryoshkakv", "compresskv", "uncomp", "million", "fireq")  # recipes that can't do without
+# recipes that can't do without
+NEEDY = ("kvquant", "kvtuner", "matryoshkakv", "compresskv", "uncomp", "million", "fireq")
 
 
 @functools.cache

@@ -36,7 +36,9 @@ GROUPED = ("minicache",)
 
 def recipes() -> list[str]:
     """Every registered recipe with its default options, kivi in groups that divide small heads, and compositions."""
-    names = [f"{name}(group=16, residual=32)" if name in ("kivi", "gear") else name for name in registry.recipes()]
+    names = [
+        f"{name}(group=16, residual=32)" if name in ("kivi", "gear", "kvtuner") else name for name in registry.recipes()
+    ]
     return [*names, *COMPOSED]
 
 

@@ -33,6 +33,7 @@ RECIPES = (
     "gear(bits=4, group=8, residual=16)",
     "zipcache(gap=16)",
     "task_kv(budget=40, sinks=4, recent=10, window=8)",
+    "kvtuner(bits=4, group=8, residual=16, trials=12)",
 )
 
 
@@ -189,7 +190,9 @@ def test_a_state_from_elsewhere_is_checked(how: str) -> None:
     assert torch.equal(go_on(other, model), go_on(cache, model))
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if blocks.blockwise(kvloom.parse(r))])
+@pytest.mark.parametrize(
+    "recipe", [r for r in RECIPES if (made := kvloom.parse(r)).prepare is None and blocks.blockwise(made)]
+)
 @settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(block=st.sampled_from([5, 8, 16, 24]), count=st.integers(1, 6))
 def test_a_cache_put_together_from_blocks(recipe: str, block: int, count: int) -> None:

@@ -27,6 +27,7 @@ RECIPES = (
     "accurate-block-quantization(block=8)",
     "olive",
     "fireq",
+    "kvtuner(bits=4, group=8, residual=16, trials=12)",
     "think(recent=6)",
     "think(recent=6) | kivi(bits=4, group=8, residual=16)",
 )
