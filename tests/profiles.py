@@ -10,10 +10,12 @@ import torch
 from transformers import PreTrainedModel
 
 from kvloom import parse
-from kvloom.core.view import fingerprint
+from kvloom.core import profile as profiles
+from kvloom.core.view import fingerprint, sites_of
 
 # recipes that can't do without
-NEEDY = ("kvquant", "kvtuner", "matryoshkakv", "compresskv", "uncomp", "million", "fireq")
+# recipes that can't do without
+NEEDY = ("kvquant", "kvtuner", "matryoshkakv", "compresskv", "uncomp", "million", "fireq", "duoattention")
 
 
 @functools.cache
@@ -33,5 +35,10 @@ def profiled(model: PreTrainedModel, recipe: str) -> str:
         ids = torch.randint(3, vocabulary, (256,), generator=torch.Generator().manual_seed(1))
         calibrate = parse(recipe).calibrate
         assert calibrate is not None
-        calibrate(model, ids, path, lambda text: None)
+        if name == "duoattention":  # training takes its time, and any gates will do
+            layers, heads = len(sites_of(model)), next(iter(sites_of(model).values())).kv_heads
+            gates = torch.rand(layers, heads, generator=torch.Generator().manual_seed(2))
+            profiles.save(path, model, name, {"gates": gates})
+        else:
+            calibrate(model, ids, path, lambda text: None)
     return f"{name}({', '.join(x for x in (options, f'profile={str(path)!r}') if x)})"
