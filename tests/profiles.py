@@ -14,7 +14,6 @@ from kvloom.core import profile as profiles
 from kvloom.core.view import fingerprint, sites_of
 
 # recipes that can't do without
-# recipes that can't do without
 NEEDY = ("kvquant", "kvtuner", "matryoshkakv", "compresskv", "uncomp", "million", "fireq", "duoattention")
 
 

@@ -34,6 +34,7 @@ LOSSLESS: dict[str, str] = {
     "keydiff": "keydiff(budget=1000000)",
     "pyramidkv": "pyramidkv(budget=1000000)",
     "adakv": "adakv(budget=1000000)",
+    "kvzip": "kvzip(budget=1000000)",
     "windowkv": "windowkv(budget=1000000)",
     "kvcrush": "kvcrush(budget=1000000)",
     "task-kv": "task-kv(budget=1000000)",

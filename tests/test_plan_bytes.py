@@ -56,7 +56,8 @@ def check(model: Any, recipe: str, tokens: int, decoded: int = 0, limit: float =
     )  # whether heads come out equal only the model knows
     assert sum(each.used for each in held) == pytest.approx(used, rel=limit, abs=parted)
     if any(policy.allot or policy.spread for policy in cache.recipe.policy.values()):
-        limit = max(limit, 0.02)  # empty room rounds up by group of heads, and which are equal only the model knows
+        # empty room rounds up by group of heads, and which are equal only the model knows; where layers compete, too, how long
+        limit = max(limit, 0.02 if cache.recipe.again is None else 0.05)
     assert sum(each.room for each in held) == pytest.approx(room, rel=limit)
     planes = {plane: sum(e.nbytes for e in entries if e.plane == plane) for plane in ("key", "value")}
     for plane, want in planes.items():

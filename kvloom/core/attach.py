@@ -22,7 +22,7 @@ from kvloom.core.project import attentions
 from kvloom.core.view import text_config
 from kvloom.errors import CacheError
 
-__all__ = ["announce", "attach", "detach", "listen", "registered"]
+__all__ = ["announce", "attach", "detach", "follow", "listen", "registered"]
 
 NAME = "kvloom"
 _local = threading.local()
@@ -74,8 +74,23 @@ def detach(model: PreTrainedModel) -> None:
             if hook is _hear:
                 del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
     config = text_config(model)
+    for key, hook in list(model._forward_hooks.items()):
+        if hook is _after:
+            del model._forward_hooks[key], model._forward_hooks_with_kwargs[key]
     if registered(config):
         config._attn_implementation = _stock(config)
+
+
+def follow(model: PreTrainedModel) -> None:
+    """Makes the model tell a cache whose recipe reads the text again, after each forward, which tokens it was fed."""
+    if _after not in model._forward_hooks.values():
+        model.register_forward_hook(_after, with_kwargs=True)
+
+
+def _after(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    fed = getattr(kwargs.get("past_key_values"), "fed", None)
+    if fed is not None:
+        fed(model, args[0] if args else kwargs.get("input_ids"))
 
 
 def _stock(config: Any) -> str:

@@ -235,6 +235,8 @@ class KVCache(Cache):
         attach.attach(model)
         if self.recipe.hidden:
             attach.listen(model)
+        if self.recipe.again is not None:
+            attach.follow(model)
         self._registered = attach.registered(self.config)
         self._carries: dict[int, dict[str, Any]] = {}
 
@@ -310,6 +312,20 @@ class KVCache(Cache):
         """Takes the input [B, m, hidden] of an attention layer, just before its keys and values come."""
         if self.recipe.hidden and isinstance(self.layers[layer], KVLayer):
             self.layers[layer].heard = hidden
+
+    def fed(self, model: PreTrainedModel, ids: Tensor | None) -> None:
+        """After a forward of ids [B, m], for recipes that read the text again: notes it, and at the end of a prompt lets them."""
+        layers = list(self.managed())
+        if self.recipe.again is None or not layers or not layers[0].rows or layers[0].rows[0].layer.probing:
+            return
+        if ids is None:
+            raise CacheError(f"{self.recipe.name} reads the text again, so it needs input_ids, not embeddings.")
+        for at, row in zip(ids, layers[0].rows, strict=True):
+            row.layer.fed(at)
+        if not layers[0].recording and ids.shape[1] in range(
+            1 + (self.get_seq_length() > 1), self.get_seq_length() + 1
+        ):
+            self.recipe.again(model, self)
 
     def check_caller(self) -> None:
         """Raises if a model that should come through the registered attention function came another way."""

@@ -19,7 +19,7 @@ from kvloom.core import stack
 from kvloom.core.attention import Logits, Visible
 from kvloom.core.codec import Block, Codec, Const, Plane
 from kvloom.core.group import Table
-from kvloom.core.layer import Layer, together
+from kvloom.core.layer import Layer, _Pending, together
 from kvloom.core.recipe import Recipe
 from kvloom.core.rows import Rows
 from kvloom.core.run import Buffer
@@ -72,7 +72,8 @@ def forecast(recipe: Recipe, sites: Sequence[Site], tokens: int, decoded: int = 
     """
     known: dict[Site, Held] = {}
     seen: dict[int, Tensor] = {}
-    found = []
+    found: list[Held] = []
+    text = None
     if recipe.groups:
         layers = _run(recipe, sites, tokens, decoded)
         return [_count(layer, site, seen) for layer, site in zip(layers, sites, strict=True)]
@@ -81,6 +82,7 @@ def forecast(recipe: Recipe, sites: Sequence[Site], tokens: int, decoded: int = 
         if shape not in known:
             watched = _Watched(**vars(site))
             (layer,) = _run(recipe, [watched], tokens, decoded)
+            text = text or (layer.unread if recipe.again is not None and not found else None)
             shared = len(seen)
             held = _count(layer, watched, seen)
             if watched.asked or len(seen) > shared:  # constants may be the next layer's too, and are counted once
@@ -88,6 +90,11 @@ def forecast(recipe: Recipe, sites: Sequence[Site], tokens: int, decoded: int = 
                 continue
             known[shape] = held
         found.append(known[shape])
+    if text is not None:  # a sequence's tokens are held once
+        state = found[0].parts.get("state", 0) + text.used
+        found[0] = replace(
+            found[0], parts={**found[0].parts, "state": state}, room=found[0].room + text.data.nbytes - text.used
+        )
     return found
 
 
@@ -110,6 +117,10 @@ def _run(recipe: Recipe, sites: Sequence[Site], tokens: int, decoded: int) -> li
             for i, (site, layer) in enumerate(zip(sites, layers, strict=True)):
                 rows, hidden = torch.empty(site.kv_heads, m, 0), torch.empty(1, m, 0)
                 together([layer.forward(rows, rows, rows, Logits(1.0), None, None, hidden)])
+                if recipe.again is not None:
+                    layer.fed(torch.zeros(m))
+                    if m == tokens:
+                        layer.asked(recipe.again.foretell(layer))
                 if layer.mates and (recipe.early or site.layer == layer.mates[-1]):
                     upto = [x for x in layers[: i + 1] if x.mates == layer.mates]
                     stack.settle(upto, len(layer.mates))
@@ -194,6 +205,13 @@ class _Layer(Layer):
     def __init__(self, site: Site, recipe: Recipe) -> None:
         kinds = {name: _hollow(kind, site) for name, kind in recipe.kinds.items()}
         super().__init__(site, replace(recipe, kinds=kinds))
+
+    def asked(self, carry: dict[str, Any] | None) -> None:
+        """What a probe of no rows would do, with this in its carry."""
+        if carry is not None:
+            q = torch.zeros(self.site.kv_heads, self.site.group, 0, 0)
+            self.carry = carry
+            self._settle(_Pending(q, q.new_zeros(q.shape[:3]), self.length, "probe", Logits(1.0), None, 0))
 
     def _attend(
         self, q: Tensor, rows: Rows, logits: Logits, visible: Visible | None, emit: bool

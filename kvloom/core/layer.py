@@ -79,7 +79,8 @@ class Layer:
 
     `length`: tokens seen; `prompt`: how many of them were prompt; `dropped_at`: the length when a slot was last given up;
     `defer`: drafts are pending, so nothing lossy happens before the next `truncate` or forward. `probing`: the next rows are
-    questions only, see `probed`.
+    questions only, see `probed`. `unread`, `read`: in a sequence's first layer, tokens [1, t] that a recipe which reads the text
+    again has not read yet, and how many came before them.
     """
 
     step: ClassVar[type[Step]] = Step
@@ -90,6 +91,8 @@ class Layer:
         self.length = self.prompt = self.dropped_at = 0
         self.recent: Buffer | None = None  # the newest queries [Hq, w, D]
         self.defer = self.probing = False
+        self.unread: Buffer | None = None
+        self.read = 0
         self.carry: dict[str, Any] = {}  # one for all layers of a sequence
         self.mates, self.policy = recipe.mates(site.layer), recipe.policies(site.layer)
         self.due: Phase | None = None  # what is left to settle together with other layers
@@ -335,9 +338,22 @@ class Layer:
             if self.recent is not None:
                 self.recent.cut(max(0, self.recent.n - max(0, gone - late)))
             self.length, self.prompt, self._calm = length, min(self.prompt, length), 0
+            self.read = min(self.read, length)
+            if self.unread is not None:
+                self.unread.cut(length - self.read)
             if self._pending is not None:
                 self._pending.cut(gone)
         self.resolve()
+
+    def fed(self, ids: Tensor) -> None:
+        """Told the tokens of a forward [m]; notes those that it does not know yet."""
+        late = self.length - self.read - (0 if self.unread is None else self.unread.n)
+        if late > 0:
+            new = ids[None, len(ids) - late :].int()
+            if self.unread is None:
+                self.unread = Buffer(new)
+            else:
+                self.unread.append(new)
 
     def fork(self) -> Layer:
         """A layer that shares the stored slots until one of the two writes."""
@@ -346,6 +362,7 @@ class Layer:
         twin.groups = [group.fork() for group in self.groups]
         twin.length, twin.prompt, twin.dropped_at = self.length, self.prompt, self.dropped_at
         twin.recent, twin.defer = self.recent and Buffer(self.recent.view), self.defer
+        twin.unread, twin.read = self.unread and Buffer(self.unread.view), self.read
         return twin
 
     def tensors(self) -> Iterator[tuple[str, str, str, Tensor, int]]:
@@ -369,6 +386,8 @@ class Layer:
                     yield name, "digest", "units", segment.digest.buffer.data, segment.digest.buffer.used
         if self.recent is not None:
             yield "", "state", "queries", self.recent.data, self.recent.used
+        if self.unread is not None:
+            yield "", "state", "text", self.unread.data, self.unread.used
         if self._pending is not None:
             for x in (self._pending.q, self._pending.lse):
                 yield "", "state", "pending", x, x.nbytes

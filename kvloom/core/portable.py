@@ -106,12 +106,15 @@ def dump(cache: KVCache) -> State:
             groups.append({"heads": group.heads is not None, "classes": classes, "state": sorted(group.state)})
         if row.layer.recent is not None:
             tensors[Part(at, "state", "queries")] = row.layer.recent.view
+        if row.layer.unread is not None:
+            tensors[Part(at, "state", "text")] = row.layer.unread.view
         *shape, dtype = shape_of(layer.site)
         facts["layers"].append(
             {
                 "layer": at, "shape": [*shape, str(dtype).removeprefix("torch.")], "length": row.layer.length,
                 "prompt": row.layer.prompt, "dropped_at": row.layer.dropped_at, "gaps": [row.gaps.at, row.gaps.shift],
                 "queries": row.layer.recent is not None, "groups": groups,
+                "read": row.layer.read, "unread": row.layer.unread is not None,
             }
         )  # fmt: skip
     return State(facts, tensors)
@@ -201,6 +204,9 @@ def _read(cache: KVCache, layers: list[KVLayer], state: State, device: torch.dev
             queries = take("state", "queries", (site.q_heads, None, site.key_dim), site.dtype)
             checked("more queries than the recipe looks at", queries.shape[1] <= cache.recipe.window)
             inner.recent = Buffer(queries)
+        inner.read = _count(found.get("read", 0), "read", inner.length)
+        if found.get("unread"):
+            inner.unread = Buffer(take("state", "text", (1, inner.length - inner.read), torch.int32))
         at, shift = ([int(x) for x in numbers] for numbers in found["gaps"])
         checked("gaps", len(at) == len(shift) and at == sorted(set(at)) and all(0 <= x < max(1, seen) for x in at))
         made.append((site, inner, Gaps(at, shift)))

@@ -18,13 +18,16 @@ from kvloom.errors import RecipeError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from kvloom.core.cache import KVCache
     from kvloom.core.group import Table
+    from kvloom.core.layer import Layer
     from kvloom.core.rows import Rows
     from kvloom.core.site import Site
     from kvloom.core.step import Step
 
 __all__ = [
     "DROP",
+    "Again",
     "Allotment",
     "Away",
     "Budget",
@@ -161,6 +164,18 @@ class Policy:
         return self.spread is not None or self.place.scope in ("group", "model")
 
 
+class Again(Protocol):
+    """Reads the text a second time: called after every forward that brings a prompt, or part of one.
+
+    What was fed since it last cleared `Layer.unread` of a row's first layer is found there; `KVCache.probe` reads it again.
+    `foretell`: what that leaves in the `carry` of a layer of a forecast, for its probe's policy; None: it would not be called for.
+    """
+
+    def __call__(self, model: PreTrainedModel, cache: KVCache) -> None: ...
+
+    def foretell(self, layer: Layer) -> dict[str, Any] | None: ...
+
+
 def _main() -> dict[str, Kind]:
     return {"main": Kind()}
 
@@ -174,7 +189,7 @@ class Recipe:
     a profile. `sketch(config)` stands in for it where there is no model but its configuration, as in `kvloom plan`:
     a guess at what the recipe would hold, on the safe side. `grouping(sites)` says which layers settle together, and raises
     where that can't be; after `bind` they are the `groups`. Budgets that layers share put all of them into one. `calibrate(model, ids, path, tell)` makes a profile from a text
-    ids [T] and writes it, telling its progress.
+    ids [T] and writes it, telling its progress. `again`: for recipes that want the text read a second time.
     """
 
     name: str
@@ -186,6 +201,7 @@ class Recipe:
     calibrate: Callable[[PreTrainedModel, Tensor, Path, Callable[[str], None]], dict[str, Tensor]] | None = None
     grouping: Callable[[Sequence[Site]], Groups] | None = None
     groups: Groups = ()
+    again: Again | None = None
 
     def __or__(self, other: Recipe) -> Recipe:
         return compose(self, other)
@@ -380,5 +396,5 @@ def compose(a: Recipe, b: Recipe) -> Recipe:
     def sketch(config: Any) -> Recipe:
         return a.sketched(config) | b.sketched(config)
 
-    found = Recipe(name, placed.policy, kinds, check, grouping=a.grouping or b.grouping)
+    found = Recipe(name, placed.policy, kinds, check, grouping=a.grouping or b.grouping, again=placed.again)
     return replace(found, prepare=prepare, sketch=sketch) if a.prepare or b.prepare else found

@@ -93,10 +93,14 @@ class Tokens:
         return most + recipe.state(site) + site.kv_heads * torch.int64.itemsize
 
     def __call__(self, step: Step) -> int | None:
+        return self.slots(step.prompt)
+
+    def slots(self, prompt: int) -> int | None:
+        """For a prompt of so many tokens."""
         if self.limit is not None:
             return self.limit
         if isinstance(self.size, float):
-            return None if self.size == 1.0 else fraction(self.size, step.prompt)
+            return None if self.size == 1.0 else fraction(self.size, prompt)
         return int(self.size)
 
 
