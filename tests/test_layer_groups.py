@@ -17,7 +17,13 @@ from tests.modes import MODES
 from tests.reference import layers_of, run_cache
 from tests.test_portable import carried, go_on
 
-RECIPES = ("minicache(interval=8)", "minicache(interval=None, retain=0.2)", "minicache(bits=4, interval=16)")
+RECIPES = (
+    "minicache(interval=8)",
+    "minicache(interval=None, retain=0.2)",
+    "minicache(bits=4, interval=16)",
+    "xkv(layers=2)",
+    "xkv(layers=3, keys='post-rope', key_rank=20)",
+)
 
 
 def common(cache: KVCache, row: int = 0) -> list[tuple[Any, ...]]:

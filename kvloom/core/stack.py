@@ -26,15 +26,15 @@ from kvloom.errors import RecipeError
 __all__ = ["neighbours", "settle", "share"]
 
 
-def neighbours(sites: Sequence[Site], first: int, size: int, name: str) -> Groups:
-    """The managed layers from the `first` of them on, `size` at a time; the last group may be smaller, not a layer alone.
+def neighbours(sites: Sequence[Site], first: int, size: int, name: str, least: int = 2) -> Groups:
+    """The managed layers from the `first` of them on, `size` at a time; the last group may be smaller, but has `least`.
 
-    Raises RecipeError if there are not two layers to group, if a layer that the recipe leaves alone lies inside a group, or if
+    Raises RecipeError if there are not enough layers for a group, if a layer that the recipe leaves alone lies inside a group, or if
     layers of a group differ in shape.
     """
     rest = [site for site in sites[first:]]
     groups = [rest[i : i + size] for i in range(0, len(rest), size)]
-    groups = [group for group in groups if len(group) > 1]
+    groups = [group for group in groups if len(group) >= least]
     if not groups:
         raise RecipeError(
             f"{name} stores {size} layers together, but of this model's layers {len(rest)} can be: the others keep a cache of "

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvloom.core.codec import Block, Codec, Const
 from kvloom.errors import RecipeError
+from kvloom.kernels.tile import Tile
 from kvloom.segments.nested import Nested
 
 __all__ = ["Slerp", "angle", "slerp"]
@@ -61,6 +62,10 @@ class Slerp(Nested):
     def decode(self, block: Block, const: Const) -> Tensor:
         direction = self.inner.decode(self.within(block), const)
         return direction.to(block["length"].dtype) * block["length"][..., None]
+
+    def tile(self, block: Block, const: Const) -> Tile | None:
+        tile = self.inner.tile(self.within(block), const)
+        return None if tile is None else tile.affine(block["length"][..., None])
 
     def dot(self, q: Tensor, block: Block, const: Const, scale: float) -> Tensor:
         return self.inner.dot(q, self.within(block), const, scale).mul_(block["length"].float()[:, None])
