@@ -13,8 +13,18 @@ from kvloom import parse
 from kvloom.core import profile as profiles
 from kvloom.core.view import fingerprint, sites_of
 
-# recipes that can't do without
-NEEDY = ("kvquant", "kvtuner", "matryoshkakv", "compresskv", "uncomp", "million", "fireq", "duoattention")
+NEEDY = (  # recipes that can't do without
+    "compresskv",
+    "cskv",
+    "duoattention",
+    "effectively-compress-kv-heads",
+    "fireq",
+    "kvquant",
+    "kvtuner",
+    "matryoshkakv",
+    "million",
+    "uncomp",
+)
 
 
 @functools.cache
@@ -25,7 +35,7 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 def profiled(model: PreTrainedModel, recipe: str) -> str:
     """The recipe with a profile of this model where it needs one: "kvquant(bits=2)" -> "kvquant(bits=2, profile='...')"."""
     name, _, options = recipe.partition("(")
-    if name not in NEEDY or "|" in recipe:
+    if name.replace("_", "-") not in NEEDY or "|" in recipe:
         return recipe
     options = options.rstrip(")")
     path = Path(_folder().name) / f"{fingerprint(model)}-{name}-{abs(hash(options))}.safetensors"

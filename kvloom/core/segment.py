@@ -75,7 +75,8 @@ class Segment:
     @property
     def heads(self) -> int:
         """KV heads that the segment holds; it must hold slots."""
-        return self._store.shape[0]
+        runs = (*self.key.runs, *self.value.runs)  # fields that heads share have one row for all
+        return max(buffer.data.shape[0] for run in runs for buffer in run.fields.values())
 
     def column(self, name: str) -> Tensor | None:
         return self.cols[name].view if name in self.cols else None

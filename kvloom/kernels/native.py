@@ -104,10 +104,11 @@ def packed(
     if scale.dtype not in _KIND or any(not x[0].is_contiguous() for x in (codes, scale, zero)):
         return None
     tokens = along == "tokens"
+    heads = [0 if len(x) == 1 else x.stride(0) * x.itemsize for x in (codes, scale, zero)]  # 0: they share it
     return (
-        3 if tokens else 4, codes.shape[1] * (group if tokens else 1), codes.data_ptr(), codes.stride(0),
-        0 if q is None else q.data_ptr(), bits, group, scale.data_ptr(), scale.stride(0) * scale.itemsize,
-        zero.data_ptr(), zero.stride(0) * zero.itemsize, _KIND[scale.dtype], DOT == "int8" and bits <= WHOLE_BITS,
+        3 if tokens else 4, codes.shape[1] * (group if tokens else 1), codes.data_ptr(), heads[0],
+        0 if q is None else q.data_ptr(), bits, group, scale.data_ptr(), heads[1],
+        zero.data_ptr(), heads[2], _KIND[scale.dtype], DOT == "int8" and bits <= WHOLE_BITS,
     )  # fmt: skip
 
 

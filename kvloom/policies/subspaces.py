@@ -87,13 +87,18 @@ def _same(layer: int, plane: Plane, x: Tensor) -> Tensor:
 
 
 def train(
-    model: PreTrainedModel, start: Bases, texts: list[Tensor], tell: Callable[[str], None], rate: float = 1e-3
+    model: PreTrainedModel,
+    start: Bases,
+    texts: list[Tensor],
+    tell: Callable[[str], None],
+    rate: float = 1e-3,
+    teacher: float = 0.25,
 ) -> tuple[Bases, list[float]]:
     """Turns the bases and moves the means so that any first columns of each serve best; one step per text.
 
     Every step draws a rank for each layer, head and plane. A basis is its start times the Cayley transform of a skew matrix, so
-    it stays orthonormal. Loss: a quarter of KL(model || its output with projected keys and values), three quarters of the
-    next-token loss. Adam, warm-up, then a cosine. Returns the bases and the loss of each step.
+    it stays orthonormal. Loss: `teacher` of KL(model || its output with projected keys and values), the rest of the next-token
+    loss. Adam, warm-up, then a cosine. Returns the bases and the loss of each step.
     """
     layers = {layer: at for at, layer in enumerate(managed(model))}
     flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -123,11 +128,11 @@ def train(
                 return moved.to(x.dtype)
 
             with torch.no_grad():
-                teacher = _logits(model, ids, _same)
+                whole = _logits(model, ids, _same)
             with torch.enable_grad():
                 own = _logits(model, ids, change)
-                told = kl_div(own, teacher, log_target=True, reduction="none").sum(-1).mean()
-                loss = 0.25 * told + 0.75 * cross_entropy(own[:-1], ids[0, 1:].to(own.device))
+                told = kl_div(own, whole, log_target=True, reduction="none").sum(-1).mean()
+                loss = teacher * told + (1 - teacher) * cross_entropy(own[:-1], ids[0, 1:].to(own.device))
                 adam.zero_grad()
                 loss.backward()
             adam.step()

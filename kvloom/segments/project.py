@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,9 +14,21 @@ from torch import Tensor
 from kvloom.core.codec import Block, Codec, Const, Plane, Tapped
 from kvloom.core.site import Site
 from kvloom.errors import RecipeError
+from kvloom.kernels.tile import Term, Tile
 from kvloom.segments.nested import Nested
 
 __all__ = ["Project"]
+
+
+@lru_cache(maxsize=4)
+def _ones(room: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(1, room, 1, dtype=torch.float16)
+
+
+def ones_of(n: int) -> Tensor:
+    """[1, n, 1], one piece of memory for all."""
+    return _ones(1 << max(n, 1 << 14).bit_length())[:, :n]
 
 
 class Project(Nested):
@@ -108,6 +121,29 @@ class Project(Nested):
         if "mean" in const:
             out += p.sum(-1, keepdim=True) * const["mean"].to(p).flatten(0, 1)[:, None]
         return out
+
+    def tile(self, block: Block, const: Const) -> Tile | None:
+        c = self.inner.tile(self.within(block), const)
+        basis = self._basis(block, const, next(iter(block.values())))
+        if c is None or len(basis) > 1 < basis.shape[1]:
+            return None
+        tile = c.expand(basis.flatten(0, 1).transpose(1, 2).contiguous())
+        return tile.affine(None, const["mean"].flatten(0, 1)[:, None], per=0) if "mean" in const else tile
+
+    def terms(self, block: Block, const: Const, q: Tensor | None) -> list[Term] | None:
+        """Coordinates asked by q U, summed and then turned back; the mean as one more coordinate, always 1."""
+        basis = self._basis(block, const, next(iter(block.values())))
+        if len(basis) > 1 < basis.shape[1]:
+            return None  # kernels know heads that share nothing, or all
+        basis = basis.flatten(0, 1)
+        terms = self.inner.terms(self.within(block), const, None if q is None else q @ basis)
+        if terms is None or "mean" not in const:
+            return terms if terms is None or q is not None else [term.then(basis.contiguous()) for term in terms]
+        mean = const["mean"].float().flatten(0, 1)[..., None]  # [h, D, 1]
+        ones = Tile.dense(ones_of(self.slots(block)))
+        if q is not None:
+            return [*terms, Term(ones, (q @ mean).contiguous())]
+        return [*(term.then(basis) for term in terms), Term(ones, right=(mean[:, None], 0))]
 
     def _basis(self, block: Block, const: Const, like: Tensor) -> Tensor:
         """[h / join, join, D, rank] fp32."""
