@@ -128,6 +128,17 @@ def test_ways_of_running(family: str, mode: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(("family", "options"), INPUTS, ids=[family for family, _ in INPUTS])
+def test_kernels_make_the_same(family: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled kernels, where there are any, and plain torch read the same keys and values out of inputs."""
+    model, ids, sizes = build(family, **options), prompt(120), [100] + [1] * 20
+    got = run_cache(model, KVCache(model, "xquant(bits=4, group=16)"), ids, sizes)
+    monkeypatch.setattr("kvloom.core.layer.job", lambda *x: None)
+    want = run_cache(model, KVCache(model, "xquant(bits=4, group=16)"), ids, sizes)
+    close = (got - want).abs().amax(-1) < 0.02
+    assert float(close.float().mean()) > 0.9  # a number between two codes may go either way
+
+
 def test_a_crop_inside_and_a_copy() -> None:
     model, ids = subject("llama", **MHA), prompt(120)
     cache = KVCache(model, "xquant(bits=8, group=16)")

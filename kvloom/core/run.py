@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvloom.core.codec import Block, Codec, Const, gather, of_heads
-from kvloom.core.tap import InputValues, Tap
+from kvloom.core.tap import Inputs, InputValues, Tap
 from kvloom.kernels import reference
 from kvloom.kernels.dispatch import kernels_for
 from kvloom.kernels.tile import Term
@@ -183,6 +183,12 @@ class Run:
     def describe(self, q: Tensor | None, kept: list[Tensor]) -> Any:
         """The run for the kernels that work where it lies; None where they can't read it."""
         block = self.block
+        if isinstance(self.tap, Inputs):
+            tile, kernels = self.codec.tile(block, self.const), kernels_for(next(iter(block.values())))
+            term = (
+                None if tile is None else self.tap.term(tile, q, None if self.at is None else self.at.view, self.start)
+            )
+            return None if term is None or kernels is None else kernels.tile(self.n, [term], kept)
         if self.tap is None or self.tap.rope is None or q is None:
             return self.codec.describe(block, self.const, q, kept)
         tile, kernels = self.codec.tile(block, self.const), kernels_for(q)

@@ -12,12 +12,14 @@ from kvloom.core.project import Projection
 from kvloom.core.rope import Rope
 from kvloom.core.site import Site
 from kvloom.errors import ModelError, RecipeError
-from kvloom.kernels.tile import Tile
+from kvloom.kernels.tile import Term, Tile
 
 if TYPE_CHECKING:
     from kvloom.core.run import Run
 
 __all__ = ["InputValues", "Inputs", "Tap", "inputs_of", "tap_of"]
+
+SUMMED = 512  # channels that compiled kernels sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +76,15 @@ class Inputs(Tap):
             return keys
         return super().on(self.project.keys(keys[0].to(self.dtype)), at)
 
+    def term(self, tile: Tile, q: Tensor | None, at: Tensor | None, start: int) -> Term | None:
+        """Inputs as keys for kernels; None where these can't make them. `q`: the queries, `at`, `start`: as `tile` has them."""
+        if self.project is None or self.project.norm is not None or q is None:
+            return None
+        tile = tile.expand(self.project.key.mT.contiguous())
+        if self.project.key_bias is not None:
+            tile = tile.affine(None, self.project.key_bias[:, None], per=0)
+        return Term(self.tile(tile, at, start), q)
+
 
 @dataclass(frozen=True, eq=False)
 class InputValues(Inputs):
@@ -82,6 +93,16 @@ class InputValues(Inputs):
     def on(self, keys: Tensor, at: Tensor) -> Tensor:
         """Inputs -> values [H, n, Dv]."""
         return keys if self.project is None or not keys.shape[-1] else self.project.values(keys[0].to(self.dtype))
+
+    def term(self, tile: Tile, q: Tensor | None, at: Tensor | None, start: int) -> Term | None:
+        """Inputs as values: summed as they are and projected once, where kernels hold so wide a sum."""
+        if self.project is None:
+            return None
+        value, bias = self.project.value, self.project.value_bias
+        if tile.width <= SUMMED and bias is None:
+            return Term(tile).then(value.contiguous())
+        tile = tile.expand(value.mT.contiguous())
+        return Term(tile if bias is None else tile.affine(None, bias[:, None], per=0))
 
     def mix(self, run: Run, p: Tensor) -> Tensor:
         """Sums of values weighted by p [H, R, n]: those of the inputs, projected once."""

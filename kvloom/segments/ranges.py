@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvloom.core.codec import Block, Codec, Const, Plane, Scope
 from kvloom.core.site import Site
+from kvloom.kernels.tile import Tile
 from kvloom.segments.minmax import MinMax
 from kvloom.segments.nested import Nested
 
@@ -39,11 +40,18 @@ class RunMinMax(MinMax):
         low, high = super().limits(grouped)
         return low.amin(1, keepdim=True), high.amax(1, keepdim=True)
 
+    def tile(self, block: Block, const: Const) -> Tile | None:
+        return super().tile(self._spread(block), const)
+
     def describe(self, block: Block, const: Const, q: Tensor | None, kept: list[Tensor]) -> Any:
+        block = self._spread(block)
+        kept += block.values()
+        return super().describe(block, const, q, kept)
+
+    def _spread(self, block: Block) -> Block:
+        """With the scale of each group, as kernels want it, for the time of a call."""
         groups = block["codes"].shape[1]
-        wide = {name: block[name].expand(-1, groups, -1).contiguous() for name in ("scale", "zero")}
-        kept += wide.values()
-        return super().describe({**block, **wide}, const, q, kept)
+        return {**block, **{name: block[name].expand(-1, groups, -1).contiguous() for name in ("scale", "zero")}}
 
     def nbytes(self, n: int, heads: int, dim: int, itemsize: int) -> int:
         return heads * (n * dim * self.bits // 8 + 2 * 2 * dim * (n > 0))
@@ -72,10 +80,6 @@ class TokenMinMax(MinMax):
         if len(block["scale"]) < len(slots) and bool((slots != slots[:1]).any()):
             block = {name: x.expand(len(slots), *x.shape[1:]) for name, x in block.items()}
         return super().take(block, slots)
-
-    def describe(self, block: Block, const: Const, q: Tensor | None, kept: list[Tensor]) -> Any:
-        h = len(block["codes"])
-        return super().describe({name: x.expand(h, *x.shape[1:]) for name, x in block.items()}, const, q, kept)
 
     def nbytes(self, n: int, heads: int, dim: int, itemsize: int) -> int:
         return heads * n * dim * self.bits // 8 + 2 * 2 * n
@@ -112,3 +116,7 @@ class ChannelScale(Nested):
 
     def mix(self, p: Tensor, block: Block, const: Const) -> Tensor:
         return self.inner.mix(p, block, const) * const["channel"][:, None]
+
+    def tile(self, block: Block, const: Const) -> Tile | None:
+        tile = self.inner.tile(block, const)
+        return None if tile is None else tile.affine(const["channel"][:, None], per=0)
