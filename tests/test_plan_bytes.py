@@ -35,10 +35,14 @@ GROUPED = ("minicache",)
 
 
 def recipes() -> list[str]:
-    """Every registered recipe with its default options, kivi in groups that divide small heads, and compositions."""
+    """Every registered recipe with its default options, kivi in groups that divide small heads, and compositions.
+
+    How many tokens zipvl takes for important is what the attention says, which a forecast can't know; here all of them are.
+    """
     names = [
         f"{name}(group=16, residual=32)" if name in ("kivi", "gear", "kvtuner") else name for name in registry.recipes()
     ]
+    names = [f"{name}(mass=1.0)" if name == "zipvl" else name for name in names]
     return [*names, *COMPOSED]
 
 

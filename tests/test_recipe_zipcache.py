@@ -109,7 +109,7 @@ def test_2_the_mean_counts_not_the_sum() -> None:
     mass[..., 0], mass[..., -1] = 0.5 * n, 0.5
     step = SimpleNamespace(q=torch.zeros(1, 1, n, 4), first=0, length=n, probed=lambda table, rows: mass)
     table = SimpleNamespace(index=torch.arange(n, dtype=torch.int32)[None])
-    score = Probes(recent=1.0)(step, table)[0]  # type: ignore[arg-type]
+    score = Probes(newest=1.0)(step, table)[0]  # type: ignore[arg-type]
     assert score[0] == score[-1] == 0.5 and score.argsort(descending=True)[:2].sort().values.tolist() == [0, n - 1]
 
 

@@ -77,6 +77,8 @@ class KVLayer(CacheLayerMixin):
         if shape != (self.site.kv_heads, self.site.key_dim, self.site.value_dim, self.site.dtype):
             self.site = self.cache.refine(self.site, shape)
         self.rows = [_Row(Layer(self.site, self.cache.recipe), Gaps()) for _ in range(b)]
+        for row, told in zip(self.rows, self.cache.told(b), strict=True):
+            row.layer.tokens = told
         self.is_initialized = True
         self._defer()
 
@@ -238,6 +240,7 @@ class KVCache(Cache):
         if self.recipe.again is not None:
             attach.follow(model)
         self._registered = attach.registered(self.config)
+        self._told: dict[str, Tensor] = {}
         self._carries: dict[int, dict[str, Any]] = {}
 
     def __repr__(self) -> str:
@@ -307,6 +310,39 @@ class KVCache(Cache):
                     row.gaps.cut(row.layer.length)
             for i, layer in others.items():
                 self.layers[i] = layer
+
+    def tokens(self, kinds: Tensor, relevance: Tensor | None = None) -> KVCache:
+        """Tells which tokens of the prompts are text (0) and to which image or frame the others belong (1, 2, ...).
+
+        kinds [T] or [B, T] integers, counted from each prompt's first real token; relevance, of the same shape: how much image
+        tokens matter to the text, for recipes that ask. What is not told is text. Returns the cache.
+
+        Raises CacheError for another shape, or once the cache holds tokens.
+        """
+        if self.get_seq_length():
+            raise CacheError(
+                f"tokens(): this cache holds {self.get_seq_length()} tokens already. Tell it before the prompt."
+            )
+        if kinds.dim() not in (1, 2) or kinds.is_floating_point() or bool((kinds < 0).any()):
+            raise CacheError("tokens(kinds): give whole numbers, 0 or more, of shape [tokens] or [rows, tokens].")
+        if relevance is not None and relevance.shape != kinds.shape:
+            raise CacheError(
+                f"tokens(relevance): its shape is {tuple(relevance.shape)}, that of kinds {tuple(kinds.shape)}."
+            )
+        self._told = {"kinds": kinds.detach()} | (
+            {} if relevance is None else {"relevance": relevance.detach().float()}
+        )
+        return self
+
+    def told(self, rows: int) -> list[dict[str, Tensor] | None]:
+        """What `tokens` said of each row of a batch; rows that were repeated, as for beams, are told the same."""
+        if not self._told:
+            return [None] * rows
+        given = {name: x if x.dim() == 2 else x[None] for name, x in self._told.items()}
+        count = len(given["kinds"])
+        if rows % count:
+            raise CacheError(f"tokens(kinds): it has {count} rows, but a batch of {rows} came.")
+        return [{name: x[b * count // rows] for name, x in given.items()} for b in range(rows)]
 
     def hear(self, layer: int, hidden: Tensor) -> None:
         """Takes the input [B, m, hidden] of an attention layer, just before its keys and values come."""

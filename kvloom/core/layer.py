@@ -90,6 +90,7 @@ class Layer:
         self.groups = groups_of(recipe.kinds, site)
         self.length = self.prompt = self.dropped_at = 0
         self.recent: Buffer | None = None  # the newest queries [Hq, w, D]
+        self.tokens: dict[str, Tensor] | None = None  # what the user told of the text's tokens, [T] each
         self.defer = self.probing = False
         self.unread: Buffer | None = None
         self.read = 0
@@ -274,7 +275,7 @@ class Layer:
             self.step(
                 self.site, rows.phase, group, self.recipe.classes, group.pick(rows.q), group.pick(rows.lse), rows.first,
                 self.length, self.prompt, rows.logits, None if recent is None else group.pick(recent),
-                rows.seen[i] if rows.seen else None, carry=self.carry,
+                rows.seen[i] if rows.seen else None, carry=self.carry, tokens=self.tokens,
             )
             for i, group in enumerate(self.groups)
         ]  # fmt: skip
@@ -363,6 +364,7 @@ class Layer:
         twin.length, twin.prompt, twin.dropped_at = self.length, self.prompt, self.dropped_at
         twin.recent, twin.defer = self.recent and Buffer(self.recent.view), self.defer
         twin.unread, twin.read = self.unread and Buffer(self.unread.view), self.read
+        twin.tokens = self.tokens
         return twin
 
     def tensors(self) -> Iterator[tuple[str, str, str, Tensor, int]]:

@@ -32,7 +32,8 @@ class Step:
     `prompt`: how many of them were prompt; `seen`: [h, g, n] attention of a single new row, where it was emitted;
     `budget`: slots that each head may keep, by the policy's budget; `carry`: what an earlier layer of the sequence left for
     this one, in the same forward;
-    `mates`: where layers settle together, the steps of all of them, this one among them; such steps bring no queries.
+    `mates`: where layers settle together, the steps of all of them, this one among them; such steps bring no queries;
+    `tokens`: what `KVCache.tokens` was told, by name, [T] each.
     """
 
     site: Site
@@ -50,6 +51,14 @@ class Step:
     budget: int | None = None
     carry: dict[str, Any] = field(default_factory=dict)
     mates: Sequence[Step] = ()
+    tokens: dict[str, Tensor] | None = None
+
+    def told(self, name: str, index: Tensor) -> Tensor | None:
+        """What `KVCache.tokens` was told of the tokens at these places in the text; zeros behind what it was told. None: nothing."""
+        if not self.tokens or name not in self.tokens:
+            return None
+        x = self.tokens[name].to(index.device)
+        return torch.where(index < len(x), x[index.long().clamp_max(len(x) - 1)], 0)
 
     @property
     def heads(self) -> int:
@@ -67,6 +76,7 @@ class Step:
         return type(self)(
             self.site, self.phase, group, self.classes, self.q[at], self.lse[at], self.first, self.length,
             self.prompt, self.logits, recent, seen, self.budget, self.carry,
+            tokens=self.tokens,
         )  # fmt: skip
 
     def mass(self, table: Table) -> Tensor:

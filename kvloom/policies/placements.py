@@ -11,8 +11,9 @@ from kvloom.core.codec import Scope
 from kvloom.core.group import Table
 from kvloom.core.recipe import DROP, Away
 from kvloom.core.step import Step
+from kvloom.policies.scorers import Probes
 
-__all__ = ["Grade", "Keep"]
+__all__ = ["ByMass", "Grade", "Keep"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,51 @@ class Keep:
         first = torch.arange(count, device=scores.device) < torch.minimum(rest, single.sum(-1))[:, None]
         gone |= torch.zeros_like(gone).scatter_(1, ranked, first)
         return gone[:, owner]
+
+
+@dataclass(frozen=True)
+class ByMass:
+    """Every slot leaves for one of two classes, (better, worse): as many for the better one as it takes to hold the share `mass`
+    of all attention, if they are taken by what they receive, and those of the highest mean, over all heads of a layer
+    (ZipVL, arXiv 2410.08584). `score` is the policy's own. The newest `window` slots are among them in any case.
+
+    Both take multiples of `unit` slots, the better one rounded up; the newest that are left over stay.
+    """
+
+    mass: float
+    score: Probes
+    to: tuple[str, str]
+    unit: int
+    window: int = 0
+    scope: Scope = "layer"
+    least: int = 0
+
+    @property
+    def moves(self) -> tuple[str, ...]:
+        return self.to
+
+    def count(self, received: Tensor) -> int:
+        """How many of the largest numbers of [n] hold the share of their sum."""
+        if self.mass >= 1:
+            return int((received > 0).sum())
+        held = received.sort(descending=True).values.double().cumsum(-1)
+        return min(len(received), int((held < self.mass * held[-1]).sum()) + 1)
+
+    def __call__(self, step: Step, table: Table, scores: Tensor | None, budget: int) -> Tensor:
+        assert scores is not None
+        n = table.n
+        many = self.count((scores * self.score.seen(step, table)).sum(0))
+        many = min(-(-max(many, min(self.window, n)) // self.unit), n // self.unit) * self.unit
+        few = (n - many) // self.unit * self.unit
+        index = table.index[0]
+        score = scores.sum(0).masked_fill(index >= step.length - self.window, torch.inf)
+        newest = index.argsort()[few + many :]
+        best = score.scatter(0, newest, -torch.inf).topk(many).indices
+        better, worse = (step.classes.index(name) for name in self.to)
+        route = torch.full_like(score, worse, dtype=torch.long)
+        route[best] = better
+        route[newest] = step.classes.index(table.parts[0][0])
+        return route[None]
 
 
 @dataclass(frozen=True)

@@ -228,24 +228,24 @@ class Expected:
 class Probes:
     """Mean attention that a slot receives from the probe rows that can see it, summed over a KV head's queries.
 
-    Probe rows: the last share `recent` of a forward's rows, at least one, and of the rows before as many as a share
+    Probe rows: the last share `newest` of a forward's rows, at least one, and of the rows before as many as a share
     `random` of all, drawn with a fixed seed (ZipCache, arXiv 2405.14256). While decoding with `queries` 1, the newest token.
     """
 
-    recent: float = 0.05
+    newest: float = 0.05
     random: float = 0.05
     queries: int = -1
     columns = 0
 
     def __post_init__(self) -> None:
-        for name, share in (("recent", self.recent), ("random", self.random)):
+        for name, share in (("recent", self.newest), ("random", self.random)):
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
                 raise RecipeError(f"{name}={share!r} must be a share of the rows, 0.0 to 1.0.")
 
     def rows(self, step: Step) -> Tensor:
         """Which rows of this forward probe, ascending [r]."""
         m = step.q.shape[2]
-        late = max(1, int(self.recent * m))
+        late = max(1, int(self.newest * m))
         draw = torch.Generator().manual_seed(step.length)
         early = torch.randperm(m - late, generator=draw)[: int(self.random * m)].sort().values
         return torch.cat([early, torch.arange(m - late, m)]).to(step.q.device)

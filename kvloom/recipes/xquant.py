@@ -37,7 +37,13 @@ CARD = Card(
     "once, so only keys are made again, piece by piece.",
     open="The input is that of the attention module, after its norm. Biases and a key norm are applied when keys are made. "
     "In the second form keys are frozen a group at a time and wait for that exactly, values and inputs at once.",
-    measured="",
+    measured="Bundled model, whose input is as wide as its keys and values, one held-out Wikipedia text of 1,024 tokens, then 32 "
+    "tokens one by one, in fp32; KL to the full cache in nats per token and same top token, bits per number of keys and values: "
+    "bits=4: 0.030, 84 % at 4.3; 3 in all layers: 0.149, 72 % at 3.3; 2 with first=3: 1.415, 34 % at 3.3. kivi(residual=32) beside "
+    "it: 4 bits 0.006 at 5.4, 3 bits 0.041 at 4.4, 2 bits 0.103 at 3.5. So it is better than kivi near 4.3 bits, worse below: "
+    "with two bits a token's 128 channels share four levels. With planted outlier channels it stays the same to the last digit, for inputs "
+    "have none of them, and kivi goes to 0.043 and 0.131. Decoding takes about 2.5 times kivi's time at 1,024 tokens: keys are made again "
+    "by hidden x D multiplications each.",
     bytes="inputs: per token and layer hidden*bits/8 + 4*hidden/group. Grouped heads: per token and KV head as kivi, D*bits/8 + "
     "4*D/group for keys and again for values, and 4*(H*D)^2 for each of the two bases, 4*H*D for sizes, per layer, once per model",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvloom.core.codec import Codec, Const, Plane
 from kvloom.core.site import Site
 
-__all__ = ["Chunked"]
+__all__ = ["Chunked", "Short"]
 
 
 class Chunked(Codec):
@@ -37,3 +37,10 @@ class Chunked(Codec):
 
     def nbytes(self, n: int, heads: int, dim: int, itemsize: int) -> int:
         return self.sized(n).nbytes(n, heads, dim, itemsize)
+
+
+class Short(Chunked):
+    """What is frozen at once goes to `late` if it is no more than `size` tokens, else to `whole`."""
+
+    def sized(self, n: int) -> Codec:
+        return self.late if n <= self.size else self.whole

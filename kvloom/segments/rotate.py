@@ -16,7 +16,7 @@ from kvloom.segments.nested import Nested
 
 __all__ = ["Rotate", "Rotation", "hadamard", "rotation"]
 
-Rotation = Literal["haar", "hadamard"]
+Rotation = Literal["haar", "hadamard", "fourier"]
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -38,6 +38,10 @@ def rotation(how: Rotation, dim: int, seed: int) -> Tensor:
         if how == "hadamard":
             signs = torch.randint(0, 2, (dim,), generator=draw) * 2.0 - 1
             return (hadamard(torch.eye(dim)) * signs)[None]
+        if how == "fourier":  # the real and imaginary parts of rfft, without those that are always zero, at length 1
+            waves = torch.fft.rfft(torch.eye(dim, dtype=torch.float64), dim=0)
+            parts = torch.cat([waves.real, waves.imag[1 : (dim + 1) // 2]])
+            return torch.nn.functional.normalize(parts, dim=1).float()[None]
         q, r = torch.linalg.qr(torch.randn(dim, dim, generator=draw, dtype=torch.float64))
         even: Tensor = (q * r.diagonal().sign()).float().contiguous()[None]
         return even
@@ -46,13 +50,14 @@ def rotation(how: Rotation, dim: int, seed: int) -> Tensor:
 class Rotate(Nested):
     """Stores P x in the inner codec. Queries are asked as P q, and sums of values turn back by P^T.
 
-    "haar": a matrix drawn evenly among all rotations, for any head size; "hadamard": head sizes that are powers of two.
+    "haar": a matrix drawn evenly among all rotations, for any head size; "hadamard": head sizes that are powers of two;
+    "fourier": the real and imaginary parts of a Fourier transform, none of them twice.
     Constants: rotation [1, D, D] fp32, one for the model.
     """
 
     def __init__(self, inner: Codec, how: Rotation = "haar", seed: int = 0) -> None:
-        if how not in ("haar", "hadamard"):
-            raise RecipeError(f"rotation={how!r} must be 'haar' or 'hadamard'.")
+        if how not in ("haar", "hadamard", "fourier"):
+            raise RecipeError(f"rotation={how!r} must be 'haar', 'hadamard' or 'fourier'.")
         super().__init__(inner)
         self.how, self.seed = how, seed
 
