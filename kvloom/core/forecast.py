@@ -185,7 +185,7 @@ class _Step(Step):
     rope = None
 
     def mass(self, table: Table) -> Tensor:
-        return torch.rand(self.heads, 1, table.n)
+        return torch.rand(self.heads, self.site.group, table.n)
 
     def rows(self, table: Table, newest: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         yield torch.tensor([self.length - 1]), torch.rand(self.heads, 1, 1, table.n)

@@ -74,7 +74,10 @@ class Nearest(Keep):
             held = step.group.state.get("threshold")
             limit = mean if held is None else self.keep * held + (1 - self.keep) * mean
             step.group.state["threshold"] = limit.clone()
-            into = into.masked_fill(alike.mean(0) < limit[0], -1)
+            # of every head the oldest that leaves, then the next: slots need not lie in text order
+            order = gather(table.index.expand(step.heads, -1), slots).argsort(-1)
+            low = (alike.gather(1, order).mean(0) < limit[0]).expand_as(order)
+            into = into.masked_fill(torch.zeros_like(low).scatter(1, order, low), -1)
         return Away(slots, DROP, into)
 
 
