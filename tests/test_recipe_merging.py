@@ -203,94 +203,6 @@ def test_ems_keeps_the_length_of_keys() -> None:
     assert float((got - full.key.dense(0, 80)[torch.arange(2)[:, None], ems.index.long()]).abs().max()) > 0.01
 
 
-class D2O(Full):
-    """H2O with budgets by layer from the second token behind a prompt on; what leaves goes into the most similar kept slot."""
-
-    def __init__(self, model: Any, ratio: float, decay: float, share: dict[int, float] | None = None) -> None:
-        super().__init__(model)
-        self.ratio, self.decay, self.share = ratio, decay, share
-        self.columns: dict[tuple[int, int], Tensor] = {}
-        self.variance: dict[tuple[int, int], Tensor] = {}
-        self.seen: dict[int, list[Any]] = {}
-        self.threshold: dict[int, Tensor] = {}
-
-    def shares(self) -> list[float]:
-        layers, heads = self.config.num_hidden_layers, self.config.num_key_value_heads
-        means = []
-        for layer in range(layers):
-            x = torch.cat([self.variance[layer, h] for h in range(heads)])
-            means.append((x - x.min()) / (x.max() - x.min()))
-        return ((-torch.stack([x.mean() for x in means])).softmax(0) * layers).tolist()
-
-    def after(self, layer: int, head: int, s: Slots, q: Tensor, p: Tensor) -> None:
-        s.score = s.score + p.sum((0, 1))
-        rows, last = p.shape[1], self.config.num_hidden_layers - 1
-        if rows > 1 or len(s.k) == 1:
-            new = p.sum(1).var(-1, correction=0)
-            old = self.variance.get((layer, head), new)
-            self.variance[layer, head] = old + (new - old) * rows / self.prompt
-            return
-        if layer in (0, 1, last):
-            return
-        n = self.prompt + 1
-        ratio = min(1.0, max(0.01, self.shares()[layer] * self.ratio))
-        heavy = recent = int(n * ratio / 2)
-        if len(s.k) <= heavy + recent:
-            return
-        score = s.score.masked_fill(s.index < 4, torch.inf)[: len(s.k) - recent]
-        best = score.topk(heavy).indices.tolist()
-        stay = sorted([*best, *range(len(s.k) - recent, len(s.k))])
-        gone = [i for i in range(len(s.k)) if i not in stay]
-        found = []
-        for i in gone:
-            alike = [float(F.cosine_similarity(s.k[i], s.k[j], dim=0)) for j in stay]
-            found.append((max(alike), stay[alike.index(max(alike))]))
-        self.seen.setdefault(layer, []).append((s, stay, gone, found))
-        if len(self.seen[layer]) < self.config.num_key_value_heads:
-            return
-        heads = self.seen.pop(layer)
-        u = torch.tensor([[x for x, _ in found] for *_, found in heads])
-        tau = self.threshold[layer] = (
-            self.decay * self.threshold[layer] + (1 - self.decay) * u.mean() if layer in self.threshold else u.mean()
-        )
-        merged = (u.mean(0) >= tau).tolist()
-        for s, stay, gone, found in heads:
-            k, v = s.k.clone(), s.v.clone()
-            for j in stay:
-                into = [(i, x) for i, (x, at), m in zip(gone, found, merged, strict=True) if m and at == j]
-                for y, z in ((k, s.k), (v, s.v)):
-                    y[j] = (z[j] + sum(x * z[i] for i, x in into)) / (1 + len(into))
-            s.k, s.v = k, v
-            s.keep(torch.tensor(stay))
-
-
-@pytest.mark.parametrize("sizes", [[48] + [1] * 12, [30, 20, 1, 1, 1, 12, 1, 1]], ids=["decode", "chunks and turns"])
-def test_d2o_merges_what_leaves(sizes: list[int]) -> None:
-    reference = D2O(build("llama", num_hidden_layers=5), 0.4, 0.3)
-    compare("d2o(budget=0.4, decay=0.3)", reference, sizes)
-    assert len(set(map(len, (reference.slots[i, 0].k for i in (2, 3))))) == 2  # layers differ
-
-
-def test_d2o_layers_alike_share_alike_and_some_stay_whole() -> None:
-    """One layer's weights in all of them, and a text of one token: equal variances, so each gets the ratio."""
-    model = build("llama", num_hidden_layers=5)
-    cache = KVCache(model, "d2o(budget=0.5)")
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.q_proj.weight.zero_()  # every query attends evenly
-    run_cache(model, cache, prompt(61), [60, 1])
-    counts = [{len(head) for head in layer} for layer in kept(cache)]
-    assert counts == [{61}, {61}, {30}, {30}, {61}]
-
-
-def test_d2o_the_prompt_and_the_first_token_see_everything() -> None:
-    model, ids = build("llama", num_hidden_layers=5), prompt(64)
-    want = run_cache(model, DynamicCache(config=model.config), ids, [60] + [1] * 4)
-    got = run_cache(model, KVCache(model, "d2o(budget=0.1)"), ids, [60] + [1] * 4)
-    torch.testing.assert_close(got[:61], want[:61], atol=1e-4, rtol=1e-4)
-    assert float((got[61:] - want[61:]).abs().max()) > 1e-3
-
-
 class Runs(Merging):
     """The most similar neighbours of a layer are joined into runs; Gaussian weights round the most attended slot."""
 
@@ -425,9 +337,7 @@ NAMES = ["chelsea", "ems", "kvmerger"]
 SMALL = {"ems": ", window=8", "chelsea": ", window=8"}
 
 
-@pytest.mark.parametrize(
-    "recipe", ["chelsea(budget=90)", "ems(budget=90)", "kvmerger(budget=90)", "kvmerger(eps=1.0)", "d2o(budget=91)"]
-)
+@pytest.mark.parametrize("recipe", ["chelsea(budget=90)", "ems(budget=90)", "kvmerger(budget=90)", "kvmerger(eps=1.0)"])
 def test_exact_while_everything_fits(recipe: str) -> None:
     model, ids, sizes = build("llama"), prompt(90), [80] + [1] * 10
     want = run_cache(model, DynamicCache(config=model.config), ids, sizes)
@@ -468,10 +378,6 @@ def test_options() -> None:
         "kvmerger(count='weights')",
         "kvmerger(eps=0.75, budget='64MiB')",
         "kvmerger(interval=0)",
-        "d2o(budget='64MiB')",
-        "d2o(decay=2)",
-        "d2o(weight='mean')",
-        "d2o(interval=0)",
     ):
         with pytest.raises(RecipeError):
             parse(wrong)

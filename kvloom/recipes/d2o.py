@@ -97,7 +97,9 @@ class _Share(Tokens):
             return None
         n = step.prompt + 1
         rho = float(share[0]) * (self.size if isinstance(self.size, float) else int(self.size) / n)
-        ratio = min(1.0, max(0.01, rho))
+        ratio = max(
+            0.01, min(1.0, rho) if isinstance(self.size, float) else rho
+        )  # tokens may be more than the prompt's
         return max(1, int(n * ratio * (1 - self.window) + 1e-6) + int(n * ratio * self.window + 1e-6))
 
 
