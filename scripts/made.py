@@ -18,7 +18,7 @@ def write_or_check(page: Path, wanted: str, about: str, count: str) -> None:
     parser.add_argument("--check", action="store_true", help="fail if the page is not current; write nothing")
     if not parser.parse_args().check:
         page.write_text(wanted, encoding="utf-8")
-        print(f"docs/{page.name}: {count}")
+        print(f"{page.name}: {count}")
     elif not page.exists() or wanted != page.read_text(encoding="utf-8"):
         script = Path(sys.argv[0]).stem
-        sys.exit(f"docs/{page.name} is not what it is made from says: run python -m scripts.{script}")
+        sys.exit(f"{page.name} is not what it is made from says: run python -m scripts.{script}")

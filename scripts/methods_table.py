@@ -1,15 +1,18 @@
-"""Writes docs/methods.md from the recipes' cards: `python -m scripts.methods_table`. `--check` compares."""
+"""Writes docs/methods.md and the tables of README.md from the recipes: `python -m scripts.methods_table`. `--check` compares."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import kvloom  # noqa: F401  (registers the recipes)
 from kvloom.core.card import Card
-from kvloom.core.registry import recipes
+from kvloom.core.registry import parse, recipes
 from scripts.made import write_or_check
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, README = ROOT / "docs" / "methods.md", ROOT / "README.md"
+START, END = "<!-- made by scripts.methods_table -->\n", "<!-- up to here -->\n"
 HEAD = """\
 # Methods
 
@@ -61,5 +64,29 @@ def page() -> str:
     return "\n".join([HEAD, "\n".join(table) + "\n", *(section(card) for card in cards)])
 
 
+def does(name: str) -> str:
+    """What a recipe does, as its file begins."""
+    first = (sys.modules[f"kvloom.recipes.{name.replace('-', '_')}"].__doc__ or "").split("\n", 1)[0]
+    return cell(first.split(": ", 1)[-1].rstrip("."))
+
+
+def readme() -> str:
+    """README.md with its tables of recipes: which tokens stay, and how numbers are stored."""
+    families: dict[str, list[Card]] = {"Which tokens stay": [], "How keys and values are stored": []}
+    stay, stored = families.values()
+    for card in sorted(recipes().values(), key=lambda card: (card.name != "full", card.year, card.arxiv)):
+        (stay if all(kind.exact for kind in parse(card.name).kinds.values()) else stored).append(card)
+    lines: list[str] = []
+    for title, cards in families.items():
+        lines += [f"| {title} | | |", "| --- | --- | --- |"]
+        for card in cards:
+            link = f"[{card.arxiv}](https://arxiv.org/abs/{card.arxiv})"
+            lines.append(f"| [`{card.name}`](docs/methods.md#{card.name}) | {does(card.name)} | {link} |")
+        lines.append("")
+    before, rest = README.read_text(encoding="utf-8").split(START)
+    return before + START + "\n" + "\n".join(lines) + END + rest.split(END)[1]
+
+
 if __name__ == "__main__":
     write_or_check(PAGE, page(), __doc__, f"{len(recipes())} recipes")
+    write_or_check(README, readme(), __doc__, "tables of recipes")

@@ -91,6 +91,7 @@ def test_the_page_of_methods_is_current() -> None:
     assert methods_table.PAGE.read_text(encoding="utf-8") == methods_table.page(), (
         "docs/methods.md is not what the cards say: run python -m scripts.methods_table"
     )
+    assert README.read_text(encoding="utf-8") == methods_table.readme(), "run python -m scripts.methods_table"
 
 
 @pytest.mark.parametrize("page", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)

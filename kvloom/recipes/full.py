@@ -1,4 +1,4 @@
-"""Everything is kept, exactly: what every other recipe is compared with."""
+"""Full: every token, exactly; what the others are compared with."""
 
 from kvloom.core.card import Card
 from kvloom.core.recipe import Recipe
