@@ -31,6 +31,7 @@ RECIPES = (
     "olive",
     "fireq",
     "kvtuner(bits=4, group=8, residual=16, trials=12)",
+    "shadowkv(rank=8, local=1)",
     "think(recent=6)",
     "think(recent=6) | kivi(bits=4, group=8, residual=16)",
 )
@@ -137,7 +138,7 @@ def test_nothing_is_encoded_twice(recipe: str, monkeypatch: pytest.MonkeyPatch) 
     [
         r
         for r in RECIPES
-        if not any(x in r for x in ("layer", "effectively", "cskv"))
+        if not any(x in r for x in ("layer", "effectively", "cskv", "shadow"))
         and r not in ("kvquant(bits=2)", "gear(group=8, residual=16)")
     ],
 )

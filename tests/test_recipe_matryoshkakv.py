@@ -16,6 +16,7 @@ from kvloom import KVCache, ProfileError, RecipeError, parse
 from kvloom.core.codec import Exact
 from kvloom.core.profile import load
 from kvloom.core.sample import rows
+from kvloom.lab.measure import load_model
 from kvloom.policies.subspaces import LEVELS, damages, orthonormal, principal, rates, train
 from kvloom.segments.project import Project
 from tests.families import build, prompt, subject
@@ -146,6 +147,19 @@ def test_damages_are_those_of_one_head() -> None:
     assert all(float(x[..., 0].min()) > float(x[..., -2].mean()) for x in found.values())
 
 
+def test_searched_ranks_and_trained_directions_lose_less() -> None:
+    """The bundled profile: ranks by head against one for all, on random words of the bundled model."""
+    model, _ = load_model("nano")
+    ids = torch.randint(3, 4000, (1, 300), generator=torch.Generator().manual_seed(3))
+
+    def loss(recipe: str) -> float:
+        told = run_cache(model, KVCache(model, recipe), ids, [260, *[1] * 40])[260:].log_softmax(-1)
+        return float((whole.exp() * (whole - told)).sum(-1).mean())
+
+    whole = run_cache(model, KVCache(model), ids, [260, *[1] * 40])[260:].log_softmax(-1)
+    assert loss("matryoshkakv(keep=0.5)") < 0.7 * loss("matryoshkakv(keep=0.5, search=False)")
+
+
 def test_computes_on_coordinates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding never makes keys or values of full width."""
     model, ids = subject("llama"), prompt(90)
@@ -156,7 +170,7 @@ def test_computes_on_coordinates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_options(tmp_path: Path) -> None:
-    for wrong in ("keep=0", "keep=1.1", "keep=True", "search=1", "steps=-1"):
+    for wrong in ("keep=0", "keep=1.1", "keep=True", "search=1", "steps=-1", "teacher=2"):
         with pytest.raises(RecipeError, match=wrong.partition("=")[0]):
             parse(f"matryoshkakv({wrong})")
     with pytest.raises(ProfileError, match=r"kvloom calibrate .* --cache matryoshkakv"):

@@ -107,7 +107,7 @@ class Codec:
         raise NotImplementedError
 
     def pays(self, planes: list[Tensor]) -> bool:
-        """Whether `encode_together` makes these smaller than they are; until then they stay exact."""
+        """Whether encoding makes these smaller than they are; until then they stay exact. One plane, or one per layer."""
         return True
 
     def decode(self, block: Block, const: Const) -> Tensor:

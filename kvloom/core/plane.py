@@ -111,7 +111,7 @@ class Plane:
             return
         done = self.frozen
         due = self.rule.due(self.n - done, decoding)
-        if due:
+        if due and self.codec.pays([self.oldest(due)]):
             at = 0 if self.tap is None else index(done, done + due)
             self.append(self.codec.sized(due), self.oldest(due), at)
             self.freed(due)

@@ -36,26 +36,38 @@ CARD = Card(
     "exact. The calibration text is one and the same for the start, the training and the ranks.",
     open="A token sees itself exactly and is stored in coordinates on arrival, in prompts, later turns and while decoding alike. "
     "Heads of a layer with different ranks are groups apart. Bases are re-orthonormalized when they are read from 16 bits.",
-    measured="",
+    measured="Bundled model, three held-out Wikipedia texts of 1,536 tokens, then 48 tokens one by one"
+    ", in fp32; KL to the full cache in nats per token and same top token: "
+    "keep=0.75: 0.002, 95 % at 24 of 32 bits per number; 0.5: 0.021, 90 % at 16; 0.4: 0.036, 89 % at 12.7; 0.25: 0.120, 82 % at 8. "
+    "The same rank everywhere: 0.093 at keep=0.5, and 0.137 with principal directions in place of trained ones; with searched ranks "
+    "these lose 0.012 at 0.5 and 0.140 at 0.25, so training pays at low ranks, the search everywhere. The bundled profile was "
+    "trained with teacher=1.0 on 44 stretches of 2,048 tokens of Wikipedia and novels. With the paper's loss, on 512 stretches of 512 "
+    "tokens of one book, it was worse than no training (1.99 against 0.38 at keep=0.5 alike): it fits that text and its short places.",
+    points=("keep=0.4", "keep=0.5", "keep=0.25"),
     bytes="per token: (r_K + r_V) * itemsize summed over KV heads, keep * (D_k + D_v) * itemsize of each on average; once per "
     "model, (D_k * r_K + D_v * r_V + D_k + D_v) * 4 per KV head and layer",
 )
 
 
 @recipe(CARD)
-def matryoshkakv(keep: float = 0.5, search: bool = True, steps: int = 512, profile: str | None = None) -> Recipe:
+def matryoshkakv(
+    keep: float = 0.5, search: bool = True, steps: int = 128, teacher: float = 0.25, profile: str | None = None
+) -> Recipe:
     """Stores every token in the first coordinates of its heads' trained bases.
 
     Args:
         keep: share of the coordinates that are stored, 0.125 to 1.0.
         search: each layer, head and plane has its own rank; False: all have the same.
         steps: texts to train on when a profile is made; 0: the principal directions as they are.
+        teacher: share of the training's loss that is KL to the model; the rest is that of the next token.
         profile: file made by `kvloom calibrate`; None: the model's own folder, or the user's cache.
     """
     if isinstance(keep, bool) or not isinstance(keep, int | float) or not 1 / LEVELS <= keep <= 1:
         raise RecipeError(f"keep={keep!r} must be a share of the coordinates, {1 / LEVELS} to 1.0.")
     if not isinstance(search, bool):
         raise RecipeError(f"search={search!r} must be True or False.")
+    if isinstance(teacher, bool) or not isinstance(teacher, int | float) or not 0 <= teacher <= 1:
+        raise RecipeError(f"teacher={teacher!r} must be a share of the loss, 0.0 to 1.0.")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise RecipeError(f"steps={steps!r} must be a number of texts, 0 or more.")
 
@@ -75,7 +87,7 @@ def matryoshkakv(keep: float = 0.5, search: bool = True, steps: int = 512, profi
         return Recipe("matryoshkakv", kinds={"main": Kind(key, value)})
 
     def calibrate(model: PreTrainedModel, ids: Tensor, path: Path, tell: Callable[[str], None]) -> dict[str, Tensor]:
-        return learn(model, ids, path, tell, steps)
+        return learn(model, ids, path, tell, steps, teacher=teacher)
 
     outline = Kind(Project(Exact(), 1), Project(Exact(), 1))
     return Recipe("matryoshkakv", kinds={"main": outline}, prepare=prepare, sketch=sketch, calibrate=calibrate)
@@ -132,13 +144,16 @@ def learn(
     ids: Tensor,
     path: Path,
     tell: Callable[[str], None],
-    steps: int = 512,
-    length: int = 512,
+    steps: int = 128,
+    length: int = 2048,
+    teacher: float = 0.25,
 ) -> dict[str, Tensor]:
     """Makes the profile from a text ids [T]: principal directions, their training, and what cutting each head costs."""
     start = principal(model, rows(model, ids, 16, 1024), tell)
-    bases, losses = train(model, start, rows(model, ids, steps, length), tell) if steps else (start, [])
-    return write(model, path, bases, damages(model, bases, rows(model, ids, 2, length), tell), losses)
+    bases, losses = (
+        train(model, start, rows(model, ids, steps, length), tell, teacher=teacher) if steps else (start, [])
+    )
+    return write(model, path, bases, damages(model, bases, rows(model, ids, 1, length), tell), losses)
 
 
 def write(

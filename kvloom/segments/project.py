@@ -38,7 +38,8 @@ class Project(Nested):
     coordinates turn back by U^T once. Keys from before RoPE can't be asked so: the plane reads them piece by piece.
 
     `profile[layer]` holds basis [h / join, join, D, rank] and perhaps mean [h / join, join, D]. Without one the basis is that
-    of what is frozen at once, by its singular vectors, and a field of its block. The inner codec sees h / join heads of
+    of what is frozen at once, by its singular vectors (all of them, if they are fewer than `rank`), and a field of its block; what would
+    be larger so than it is stays exact. The inner codec sees h / join heads of
     `rank` channels. Fields beside the inner ones, without a profile: basis [h / join, 1, join, D, rank].
     """
 
@@ -68,7 +69,7 @@ class Project(Nested):
                 f"layer {site.layer} has {site.kv_heads} KV heads, which can't be joined {join} at a time. "
                 f"Use one of {[n for n in range(1, site.kv_heads + 1) if site.kv_heads % n == 0]}."
             )
-        if self.rank > join * dim:
+        if self.rank > join * dim and not self.fresh:
             raise RecipeError(
                 f"rank={self.rank} is more than the {join * dim} channels of layer {site.layer}. Use less."
             )
@@ -156,7 +157,12 @@ class Project(Nested):
         rows: Tensor = x.unflatten(0, basis.shape[:2]).flatten(1, 2)
         return rows
 
+    def pays(self, planes: list[Tensor]) -> bool:
+        h, n, dim = planes[0].shape
+        return not self.fresh or self.nbytes(n, h, dim, 1) < n * h * dim
+
     def nbytes(self, n: int, heads: int, dim: int, itemsize: int) -> int:
         join = self.join or heads
-        own = self.rank * heads * dim * itemsize if self.fresh and n else 0
-        return self.inner.nbytes(n, heads // join, self.rank, itemsize) + own
+        rank = min(self.rank, join * dim)
+        own = rank * heads * dim * itemsize if self.fresh and n else 0
+        return self.inner.nbytes(n, heads // join, rank, itemsize) + own
