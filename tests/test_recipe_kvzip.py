@@ -99,6 +99,14 @@ def test_later_turns_compete_with_the_text_before() -> None:
     assert any(t >= 105 for layer in kept(cache) for head in layer for t in head)
 
 
+def test_recent_tokens_stay_if_asked_for() -> None:
+    model = build("llama")
+    cache = KVCache(model, "kvzip(budget=30, recent=12)")
+    run_cache(model, cache, prompt(100), [100])
+    assert all(head[-12:] == list(range(88, 100)) for layer in kept(cache) for head in layer)
+    assert sum(len(head) for layer in kept(cache) for head in layer) == 180
+
+
 def test_questions_have_no_say() -> None:
     model, ids = build("llama"), prompt(100)
     cache = KVCache(model, "kvzip(budget=40)")

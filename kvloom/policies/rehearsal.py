@@ -76,21 +76,24 @@ class _Always(Tokens):
         return 0
 
 
-def policy(size: int | float | str, sinks: int) -> Policy:
+def policy(size: int | float | str, sinks: int, recent: int) -> Policy:
     """What probes do: score slots, and at the last one drop the worst of the whole sequence."""
-    return Policy(_Always(size, sinks + 1, uneven=True), Keep(sinks=sinks), _Repeated(), allot=_Counted())
+    return Policy(
+        _Always(size, sinks + recent + 1, uneven=True), Keep(sinks=sinks, newest=recent), _Repeated(), allot=_Counted()
+    )
 
 
 @dataclass(frozen=True)
 class Rehearse:
     """Reads the new text again behind itself, `chunk` tokens at a time, each behind the tokens `ask` and the `cue` before it.
 
-    Then all heads of all layers keep, together, the best-scored slots up to the budget, and the first `sinks`.
+    Then all heads of all layers keep, together, the best-scored slots up to the budget, the first `sinks` and the newest `recent`.
     """
 
     chunk: int
     cue: int
     sinks: int
+    recent: int = 0
     ask: tuple[int, ...] = ()
 
     def __call__(self, model: PreTrainedModel, cache: KVCache) -> None:
@@ -132,7 +135,8 @@ class Rehearse:
                 scores = segment.column("score")
                 assert scores is not None
                 heads = torch.arange(layer.site.kv_heads) if group.heads is None else group.heads.cpu()
-                found.append(scores.masked_fill(segment.index < self.sinks, torch.inf).flatten())
+                ends = (segment.index < self.sinks) | (segment.index >= layer.length - self.recent)
+                found.append(scores.masked_fill(ends, torch.inf).flatten())
                 owners.append((total + heads)[:, None].expand(-1, segment.n).flatten())
             total += layer.site.kv_heads
         flat = torch.cat(found)
@@ -148,9 +152,10 @@ class Rehearse:
         if allowed is None or n <= allowed:
             return None
         h = layer.site.kv_heads
-        rest = allowed * h - self.sinks * h
+        ends = self.sinks + self.recent
+        rest = (allowed - ends) * h
         draw = torch.rand(h) + 0.5  # heads are seldom equal
-        counts = (self.sinks + (rest * draw / draw.sum()).long()).clamp_max(n)
+        counts = (ends + (rest * draw / draw.sum()).long()).clamp_max(n)
         counts[0] += min(n - int(counts[0]), allowed * h - int(counts.sum()))
         layer.read, layer.unread = layer.length, None
         return {NOTE: {layer.site.layer: counts}}
