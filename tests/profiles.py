@@ -23,6 +23,7 @@ NEEDY = (  # recipes that can't do without
     "kvtuner",
     "matryoshkakv",
     "million",
+    "rotatekv",
     "uncomp",
 )
 

@@ -26,6 +26,8 @@ RECIPES = (
     "cskv(keys=0.5, values=0.5, window=8, bits=4)",
     "effectively-compress-kv-heads",
     "matryoshkakv(keep=0.5, steps=2)",
+    "rotatekv",
+    "rotatekv(bits=4, sinks=0)",
     "million(residual=16)",
     "accurate-block-quantization(block=8)",
     "olive",
@@ -138,7 +140,7 @@ def test_nothing_is_encoded_twice(recipe: str, monkeypatch: pytest.MonkeyPatch) 
     [
         r
         for r in RECIPES
-        if not any(x in r for x in ("layer", "effectively", "cskv", "shadow"))
+        if not any(x in r for x in ("layer", "effectively", "cskv", "shadow", "rotatekv"))
         and r not in ("kvquant(bits=2)", "gear(group=8, residual=16)")
     ],
 )

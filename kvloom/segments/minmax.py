@@ -18,7 +18,7 @@ from kvloom.kernels.dispatch import kernels_for
 from kvloom.kernels.pack import BITS, pack, unpack
 from kvloom.kernels.tile import Tile
 
-__all__ = ["MinMax"]
+__all__ = ["Clipped", "MinMax"]
 
 CHUNK = 1 << 19  # numbers that are decoded at a time: 2 MiB of fp32, which a core's cache still holds
 
@@ -42,12 +42,16 @@ class MinMax(Codec):
         self.unit = group if along == "tokens" and group else 1
         self.per = dict.fromkeys(("codes", "scale", "zero"), self.unit)
 
+    def width(self, dim: int) -> int:
+        """Numbers that share a scale, in a head of `dim` channels."""
+        return self.group or dim
+
     def __repr__(self) -> str:
         return f"MinMax(bits={self.bits}, group={self.group}, along={self.along!r})"
 
     def check(self, site: Site, plane: Plane) -> None:
         dim = site.key_dim if plane == "key" else site.value_dim
-        group = self.group or dim
+        group = self.width(dim)
         if self.along == "channels" and dim % group:
             fits = [g for g in range(8, dim + 1, 8) if dim % g == 0]
             raise RecipeError(
@@ -61,7 +65,7 @@ class MinMax(Codec):
         h, n, dim = x.shape
         if self.along == "tokens":
             return x.reshape(h, n // self.unit, self.unit, dim).transpose(2, 3)
-        group = self.group or dim
+        group = self.width(dim)
         return x.reshape(h, n, dim // group, group)
 
     def limits(self, grouped: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +75,7 @@ class MinMax(Codec):
 
     def encode(self, x: Tensor, const: Const) -> Block:
         kernels = kernels_for(x) if type(self) is MinMax else None
-        found = None if kernels is None else kernels.encode(x, self.along, self.bits, self.group or x.shape[2])
+        found = None if kernels is None else kernels.encode(x, self.along, self.bits, self.width(x.shape[2]))
         if found is not None:
             return dict(zip(("codes", "scale", "zero"), found, strict=True))
         small = x.dtype if x.dtype.itemsize == 2 else torch.float16
@@ -128,16 +132,48 @@ class MinMax(Codec):
         ]
 
     def tile(self, block: Block, const: Const) -> Tile | None:
-        group = self.group or block["codes"].shape[2] * 8 // self.bits
+        group = self.width(block["codes"].shape[2] * 8 // self.bits)
         return Tile.minmax(self.along, self.bits, group, block["codes"], block["scale"], block["zero"])
 
     def describe(self, block: Block, const: Const, q: Tensor | None, kept: list[Tensor]) -> Any:
         kernels = kernels_for(block["codes"])
         if kernels is None:
             return None
-        group = self.group or block["codes"].shape[2] * 8 // self.bits
+        group = self.width(block["codes"].shape[2] * 8 // self.bits)
         return kernels.packed(self.along, self.bits, group, block["codes"], block["scale"], block["zero"], q)
 
     def nbytes(self, n: int, heads: int, dim: int, itemsize: int) -> int:
-        group = self.group or dim
+        group = self.width(dim)
         return heads * (n * dim * self.bits // 8 + 2 * 2 * (n * dim // group))
+
+
+class Clipped(MinMax):
+    """Along channels, from a range that is narrowed toward 0 by `clip`, with 0 among the levels (RotateKV, arXiv 2501.16383):
+    s = clip * (max - min) / (2**bits - 1), z = round(-clip * min / s), code = round(x / s) + z, read back as (code - z) * s.
+
+    A group wider than the head is the whole head. Kept as `MinMax` keeps it, with -z * s as the zero.
+    """
+
+    def __init__(self, bits: int, group: int, clip: float) -> None:
+        if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 < clip <= 1:
+            raise RecipeError(f"clip={clip!r} must be a share of the range, above 0.0 and up to 1.0, such as 0.8.")
+        super().__init__(bits, group, "channels")
+        self.clip = float(clip)
+
+    def width(self, dim: int) -> int:
+        return min(self.group or dim, dim)
+
+    def __repr__(self) -> str:
+        return f"Clipped(bits={self.bits}, group={self.group}, clip={self.clip})"
+
+    def encode(self, x: Tensor, const: Const) -> Block:
+        small = x.dtype if x.dtype.itemsize == 2 else torch.float16
+        most, top = torch.finfo(small).max, 2**self.bits - 1
+        grouped = self._grouped(x).float()
+        low, high = grouped.aminmax(dim=-1)
+        scale = (self.clip * (high - low) / top).clamp_(0, most).to(small)
+        step = scale.float().masked_fill(scale == 0, 1.0)
+        zero = (self.clip * low / step).round_().mul_(step).clamp_(-most, most).to(small)  # -z * s
+        zero = torch.where(scale == 0, low.clamp(-most, most).to(small), zero)  # all numbers alike
+        codes = ((grouped - zero.float()[..., None]) / step[..., None]).round_().clamp_(0, top).to(torch.uint8)
+        return {"codes": pack(codes.flatten(2), self.bits), "scale": scale, "zero": zero}

@@ -31,10 +31,13 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def rotation(how: Rotation, dim: int, seed: int) -> Tensor:
-    """An orthogonal matrix [1, D, D] fp32, always the same tensor: drawn evenly, or Hadamard's with random signs."""
-    draw = torch.Generator().manual_seed(seed)
+def rotation(how: Rotation, dim: int, seed: int | None) -> Tensor:
+    """An orthogonal matrix [1, D, D] fp32, always the same tensor: drawn evenly, or Hadamard's with random signs (seed=None:
+    without, so that it is its own inverse)."""
+    draw = torch.Generator().manual_seed(seed or 0)
     with torch.inference_mode(False):
+        if how == "hadamard" and seed is None:
+            return hadamard(torch.eye(dim))[None]
         if how == "hadamard":
             signs = torch.randint(0, 2, (dim,), generator=draw) * 2.0 - 1
             return (hadamard(torch.eye(dim)) * signs)[None]
@@ -55,7 +58,7 @@ class Rotate(Nested):
     Constants: rotation [1, D, D] fp32, one for the model.
     """
 
-    def __init__(self, inner: Codec, how: Rotation = "haar", seed: int = 0) -> None:
+    def __init__(self, inner: Codec, how: Rotation = "haar", seed: int | None = 0) -> None:
         if how not in ("haar", "hadamard", "fourier"):
             raise RecipeError(f"rotation={how!r} must be 'haar', 'hadamard' or 'fourier'.")
         super().__init__(inner)
