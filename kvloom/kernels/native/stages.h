@@ -50,6 +50,20 @@ inline void affine(const Stage &stage, int head, int64_t t, int m, int width, in
     const int count = a.count, each = width / count;
     float *scale = room, *zero = room + count;
     for (int i = 0; i < count; i++) scale[i] = 1, zero[i] = 0;
+    const auto together = [&](const Field &f) { return f.data && f.per == 1 && f.row == int64_t(count) * size_of(f.kind); };
+    if (count < W && together(stage.a) && together(stage.b)) {  // few numbers at a time would take long to convert
+        float *scales = room, *zeros = room + m * count;
+        read(stage.a.kind, row_of(stage.a, head, t), m * count, scales), read(stage.b.kind, row_of(stage.b, head, t), m * count, zeros);
+        for (int i = 0; i < m; i++)
+            for (int g = 0; g < count; g++) {
+                const float s = scales[i * count + g], z = zeros[i * count + g];
+                float *row = x + i * step;
+                int d = g * each;
+                for (; d + W <= (g + 1) * each; d += W) store(row + d, load(row + d) * s + z);
+                for (; d < (g + 1) * each; d++) row[d] = row[d] * s + z;
+            }
+        return;
+    }
     for (int i = 0; i < m;) {  // slots that share their numbers
         const int64_t end = a.per ? ((t + i) / a.per + 1) * a.per - t : m;
         if (stage.a.data) read(stage.a.kind, row_of(stage.a, head, t + i), count, scale);

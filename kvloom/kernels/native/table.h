@@ -36,31 +36,6 @@ struct Levels {
 #endif
 };
 
-// A row of n codes of up to 4 bits.
-template <int BITS>
-inline void look_up(const uint8_t *row, int n, const Levels &levels, uint8_t *room, float *x) {
-    constexpr bool FEW = BITS < 4;
-    constexpr int LOW = BITS == 3 ? 2 : BITS;
-    const int width = n * LOW / 8, high = n / 8;
-    if (width % W == 0 && (BITS != 3 || high % W == 0)) {
-        for (int at = 0; at < width; at += W) {
-            const vi raw = bytes(row + at);
-#pragma GCC unroll 8
-            for (int j = 0; j < 8 / LOW; j++) {
-                vi code = raw >> (LOW * j);
-                if (BITS == 3) {
-                    const int first = j * width + at;
-                    code = (code & 3) | (((bytes(row + width + first % high) >> (first / high)) & 1) << 2);
-                }
-                store(x + j * width + at, levels.of<FEW>(code));
-            }
-        }
-        return;
-    }
-    unpack(row, BITS, n, room);
-    for (int i = 0; i < n; i += W) store(x + i, levels.of<FEW>(bytes(room + i)));  // rows of x have whole vectors
-}
-
 // The slots [t, t + m) of a run of TABLE codes: x [m, D], rows `step` apart.
 inline void decode_table(const Run &run, int head, int64_t t, int m, int D, float *x, int step) {
     const int codes = run.group, each = D / codes, entries = 1 << (run.bits > 8 ? 8 : run.bits);
@@ -73,13 +48,10 @@ inline void decode_table(const Run &run, int head, int64_t t, int m, int D, floa
         alignas(64) float sixteen[16];
         for (int i = 0; i < 16; i++) sixteen[i] = table[i % entries];
         const Levels levels(sixteen);
-        for (int i = 0; i < m; i++, data += run.row, x += step) {
-            if (run.bits == 1) look_up<1>(data, codes, levels, room, x);
-            else if (run.bits == 2) look_up<2>(data, codes, levels, room, x);
-            else if (run.bits == 3) look_up<3>(data, codes, levels, room, x);
-            else look_up<4>(data, codes, levels, room, x);
-        }
-        return;
+        return with_bits(run.bits, [&](auto BITS) {  // rows of x have whole vectors
+            for (int i = 0; i < m; i++, data += run.row, x += step)
+                each_code<BITS.value>(data, codes, room, [&](int d, vi code) { store(x + d, levels.of<(BITS.value < 4)>(code)); });
+        });
     }
     const int64_t next = shared ? 0 : int64_t(entries) * each;
     for (int i = 0; i < m; i++, data += run.row, x += step) {

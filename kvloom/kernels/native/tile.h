@@ -20,7 +20,7 @@ struct Plan {
         for (const Stage &stage : run.stages)
             if (stage.op == EXPAND && vectors(stage.x) > most) most = vectors(stage.x);
         if (step > most) most = step;
-        rest = 2 * most;
+        rest = 2 * most + 2 * 64 * W;
         for (const Stage &stage : run.stages) {
             if (stage.op == PRODUCT && stage.x * (2 * most + 1) > rest) rest = stage.x * (2 * most + 1);
             if (stage.op == TURN && 2 * stage.c.count > rest) rest = 2 * stage.c.count;
@@ -107,9 +107,69 @@ void each_tile(const Run &run, const Plan &plan, int head, int64_t a, int64_t b,
     }
 }
 
+// A thin matrix as it is stored, factors of low rank: x [slots, width], turned to [width, 64].
+constexpr int THIN = 8;
+inline bool thin(const Run &run) { return run.inner[0].kind <= BFLOAT16 && run.stages.empty() && run.width <= THIN; }
+inline void decode_thin(const Run &run, int head, int64_t t, int m, float *x) {
+    const Run &base = run.inner[0];
+    alignas(64) float rows[THIN * 64];
+    const uint8_t *data = base.data + head * base.head + t * base.row;
+    const int width = run.width;
+    if (base.row == int64_t(width) * size_of(base.kind)) numbers(base.kind, data, 0, m * width, rows);
+    else
+        for (int i = 0; i < m; i++) numbers(base.kind, data + i * base.row, 0, width, rows + i * width);
+    for (int i = m * width; i < 64 * width; i++) rows[i] = 0;
+    for (int j = 0; j < width; j++)
+        for (int i = 0; i < 64; i++) x[j * 64 + i] = rows[i * width + j];
+}
+// Slots are taken so many at a time that a chunk of `right` ends where they do.
+template <class F>
+void each_thin(const Run &run, int head, int64_t a, int64_t b, F f) {
+    alignas(64) float x[THIN * 64];
+    for (int64_t t = a; t < b;) {
+        int64_t end = t + 64 < b ? t + 64 : b;
+        if (run.right.per && (t / run.right.per + 1) * run.right.per < end) end = (t / run.right.per + 1) * run.right.per;
+        decode_thin(run, head, t, int(end - t), x);
+        f(t, int(end - t), x);
+        t = end;
+    }
+}
+
+// Rows as they are stored, which need no tile.
+inline bool plain(const Run &run) {
+    const Run &base = run.inner[0];
+    return base.kind <= BFLOAT16 && run.stages.empty() && base.row == int64_t(run.width) * size_of(base.kind);
+}
+// f(pointer to the numbers of slot t) by their dtype.
+template <class F>
+void with_rows(const Run &run, int head, int64_t t, F f) {
+    const Run &base = run.inner[0];
+    const uint8_t *data = base.data + head * base.head + t * base.row;
+    if (base.kind == FLOAT16) f(reinterpret_cast<const F16 *>(data));
+    else if (base.kind == BFLOAT16) f(reinterpret_cast<const BF16 *>(data));
+    else f(reinterpret_cast<const F32 *>(data));
+}
+template <class F>
+void each_chunk(const Run &run, int64_t a, int64_t b, F f) {
+    for (int64_t t = a; t < b;) {
+        int64_t end = run.right.per ? (t / run.right.per + 1) * run.right.per : b;
+        end = end < b ? end : b;
+        f(t, end);
+        t = end;
+    }
+}
+
 // The matrix [D, wide] of the slot t, in rows `step` apart.
 inline void right_of(const Run &run, int head, int64_t t, int D, int step, float *out) {
     const uint8_t *row = row_of(run.right, head, t);
+    if (run.wide <= THIN) {
+        alignas(64) float all[THIN * MAX_DIM];
+        read(run.right.kind, row, D * run.wide, all);
+        memset(out, 0, size_t(D) * step * sizeof(float));
+        for (int d = 0; d < D; d++)
+            for (int i = 0; i < run.wide; i++) out[d * step + i] = all[d * run.wide + i];
+        return;
+    }
     for (int d = 0; d < D; d++) {
         read(run.right.kind, row + int64_t(d) * run.wide * size_of(run.right.kind), run.wide, out + d * step);
         for (int i = run.wide; i < step; i++) out[d * step + i] = 0;
@@ -145,6 +205,31 @@ void tile_dot(const Run &run, const float *q, float scale, int head, int64_t a, 
         }
     };
     int64_t asked = -1;
+    if (thin(run)) {
+        each_thin(run, head, a, b, [&](int64_t t, int m, const float *x) {
+            const int64_t now = run.right.per ? t / run.right.per : 0;
+            if (now != asked) ask(t), asked = now;
+            alignas(64) float lanes[64];
+            for (int r = 0; r < R; r++) {
+                for (int i = 0; i < 64; i += W) {
+                    vf found = {};
+                    for (int j = 0; j < plan.wide; j++) found += load(x + j * 64 + i) * by[r * step + j];
+                    store(lanes + i, found);
+                }
+                memcpy(s + r * stride + (t - a), lanes, m * sizeof(float));
+            }
+        });
+        return;
+    }
+    if (plain(run)) {
+        each_chunk(run, a, b, [&](int64_t t, int64_t end) {
+            ask(t);
+            alignas(64) float close[R * MAX_DIM];  // without the zeros behind each query
+            for (int r = 0; r < R; r++) memcpy(close + r * plan.wide, by + r * step, plan.wide * sizeof(float));
+            with_rows(run, head, t, [&](auto rows) { dense_dot<R>(close, rows, end - t, plan.wide, s + (t - a), stride); });
+        });
+        return;
+    }
     each_tile(run, plan, head, a, b, [&](int64_t t, int m, const float *x) {
         const int64_t now = run.right.per ? t / run.right.per : 0;
         if (now != asked) ask(t), asked = now;
@@ -193,6 +278,33 @@ void tile_mix(const Run &run, int head, int64_t a, int64_t b, int D, const float
         memset(total, 0, R * step * sizeof(float));
     };
     int64_t last = a;
+    if (apart && thin(run)) {
+        each_thin(run, head, a, b, [&](int64_t t, int m, const float *x) {
+            if (run.right.per && t / run.right.per != last / run.right.per) give(last);
+            last = t;
+            alignas(64) float weights[64];
+            for (int r = 0; r < R; r++) {
+                memcpy(weights, p + r * stride + (t - a), m * sizeof(float));
+                for (int i = m; i < 64; i++) weights[i] = 0;
+                for (int j = 0; j < plan.wide; j++) {
+                    vf found = {};
+                    for (int i = 0; i < 64; i += W) found += load(weights + i) * load(x + j * 64 + i);
+                    total[r * step + j] += sum(found);
+                }
+            }
+        });
+        return give(last);
+    }
+    if (apart && plain(run)) {
+        each_chunk(run, a, b, [&](int64_t t, int64_t end) {
+            alignas(64) float close[R * MAX_DIM] = {};
+            with_rows(run, head, t, [&](auto rows) { dense_mix<R>(p + (t - a), stride, rows, end - t, plan.wide, close); });
+            for (int r = 0; r < R; r++)
+                for (int d = 0; d < plan.wide; d++) total[r * step + d] += close[r * plan.wide + d];
+            give(t);
+        });
+        return;
+    }
     each_tile(run, plan, head, a, b, [&](int64_t t, int m, const float *x) {
         if (run.right.per && t / run.right.per != last / run.right.per) give(last);
         last = t;

@@ -117,19 +117,86 @@ inline void scaled(const uint8_t *codes, int n, float scale, float zero, float *
     for (; i < n; i++) x[i] = codes[i] * scale + zero;
 }
 
+// A row of n codes, W at a time in registers: f(index of the first, codes, with whatever lies above their BITS). `room`: n bytes
+// and W more.
+template <int BITS, class F>
+inline void each_code(const uint8_t *row, int n, uint8_t *room, F f) {
+    constexpr int LOW = BITS == 3 ? 2 : BITS;
+    const int width = n * LOW / 8, high = n / 8;
+    if (BITS < 8 && width % W == 0 && (BITS != 3 || high % W == 0)) {
+        for (int at = 0; at < width; at += W) {
+            const vi raw = bytes(row + at);
+#pragma GCC unroll 8
+            for (int j = 0; j < 8 / LOW; j++) {
+                vi code = raw >> (LOW * j);
+                if (BITS == 3) {
+                    const int later = at >= high;  // a plane of low bits is two of high ones
+                    code = (code & 3) | (((bytes(row + width + at - later * high) >> (2 * j + later)) & 1) << 2);
+                }
+                f(j * width + at, code);
+            }
+        }
+        return;
+    }
+    unpack(row, BITS, n, room);
+    for (int i = 0; i < n; i += W) f(i, bytes(room + i));
+}
+// The same for any number of bits that is packed.
+template <class F>
+inline void with_bits(int bits, F f) {
+    if (bits == 1) f(std::integral_constant<int, 1>());
+    else if (bits == 2) f(std::integral_constant<int, 2>());
+    else if (bits == 3) f(std::integral_constant<int, 3>());
+    else if (bits == 4) f(std::integral_constant<int, 4>());
+    else f(std::integral_constant<int, 8>());
+}
+
 // The slots [t, t + n) of a run with groups along channels: x [n, D], rows `step` apart.
 inline void decode_channels(const Run &run, int head, int64_t t, int64_t n, int D, float *x, int step) {
     const int G = run.group, bytes = D * run.bits / 8, groups = D / G;
     static thread_local Scratch<float> scratch;
-    float *scale = scratch.room(size_t(2) * groups + D), *zero = scale + groups;
-    uint8_t *row = reinterpret_cast<uint8_t *>(zero + groups);
-    for (int64_t i = 0; i < n; i++) {
+    const int count = int(n) * groups;
+    float *scale = scratch.room(size_t(2) * count + D / 4 + W), *zero = scale + count;
+    uint8_t *row = reinterpret_cast<uint8_t *>(zero + count);
+    numbers(run.small, run.scale + head * run.scale_head, t * groups, count, scale);
+    numbers(run.small, run.zero + head * run.zero_head, t * groups, count, zero);
+    if (G % W == 0) {
+        const uint8_t *codes = run.data + head * run.head + t * bytes;
+        uint16_t group_of[MAX_WIDTH / W];
+        for (int i = 0; i < D / W; i++) group_of[i] = uint16_t(i * W / G);
+        return with_bits(run.bits, [&](auto BITS) {
+            const int mask = (1 << BITS.value) - 1;
+            for (int64_t i = 0; i < n; i++, scale += groups, zero += groups, codes += bytes, x += step)
+                each_code<BITS.value>(codes, D, row, [&](int d, vi code) {
+                    const int g = group_of[unsigned(d) / W];
+                    store(x + d, floats(code & mask) * scale[g] + zero[g]);
+                });
+        });
+    }
+    for (int64_t i = 0; i < n; i++, scale += groups, zero += groups) {
         unpack(run.data + head * run.head + (t + i) * bytes, run.bits, D, row);
-        numbers(run.small, run.scale + head * run.scale_head, (t + i) * groups, groups, scale);
-        numbers(run.small, run.zero + head * run.zero_head, (t + i) * groups, groups, zero);
         for (int g = 0; g < groups; g++) scaled(row + g * G, G, scale[g], zero[g], x + i * step + g * G);
     }
 }
+
+#if defined(__AVX2__)
+// Codes of eight channels and eight slots, rows `stride` bytes apart, times scales and with minima: x [8 slots, 8 channels].
+inline void eight_by_eight(const uint8_t *codes, int stride, const float *scale, const float *zero, float *x, int step) {
+    const auto row = [&](int i) { return _mm_loadl_epi64(reinterpret_cast<const __m128i *>(codes + i * stride)); };
+    const __m128i a = _mm_unpacklo_epi8(row(0), row(1)), b = _mm_unpacklo_epi8(row(2), row(3));
+    const __m128i c = _mm_unpacklo_epi8(row(4), row(5)), d = _mm_unpacklo_epi8(row(6), row(7));
+    const __m128i ab[2] = {_mm_unpacklo_epi16(a, b), _mm_unpackhi_epi16(a, b)}, cd[2] = {_mm_unpacklo_epi16(c, d), _mm_unpackhi_epi16(c, d)};
+    const __m256 by = _mm256_loadu_ps(scale), least = _mm256_loadu_ps(zero);
+    const auto give = [&](__m128i eight, int slot) {
+        _mm256_storeu_ps(x + slot * step, _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight)), by, least));
+    };
+    for (int half = 0; half < 2; half++) {
+        const __m128i low = _mm_unpacklo_epi32(ab[half], cd[half]), high = _mm_unpackhi_epi32(ab[half], cd[half]);
+        give(low, 4 * half), give(_mm_srli_si128(low, 8), 4 * half + 1);
+        give(high, 4 * half + 2), give(_mm_srli_si128(high, 8), 4 * half + 3);
+    }
+}
+#endif
 
 // The slots [t, t + n) of one unit of a run with groups along tokens: x [n, D], rows `step` apart.
 inline void decode_tokens(const Run &run, int head, int64_t t, int n, int D, float *x, int step) {
@@ -137,11 +204,21 @@ inline void decode_tokens(const Run &run, int head, int64_t t, int n, int D, flo
     const int64_t u = t / G;
     const int from = int(t - u * G);
     static thread_local Scratch<float> scratch;
-    float *scale = scratch.room(size_t(2) * D + G), *zero = scale + D;
-    uint8_t *row = reinterpret_cast<uint8_t *>(zero + D);
+    float *scale = scratch.room(size_t(2) * D + size_t(2) * G + 8), *zero = scale + D;
+    uint8_t *row = reinterpret_cast<uint8_t *>(zero + D);  // eight channels
     numbers(run.small, run.scale + head * run.scale_head, u * D, D, scale);
     numbers(run.small, run.zero + head * run.zero_head, u * D, D, zero);
-    for (int d = 0; d < D; d++) {
+    int d = 0;
+#if defined(__AVX2__)
+    for (; d + 8 <= D; d += 8) {
+        for (int i = 0; i < 8; i++) unpack(run.data + head * run.head + (u * D + d + i) * bytes, run.bits, G, row + i * G);
+        int i = 0;
+        for (; i + 8 <= n; i += 8) eight_by_eight(row + from + i, G, scale + d, zero + d, x + i * step + d, step);
+        for (; i < n; i++)
+            for (int j = 0; j < 8; j++) x[i * step + d + j] = row[j * G + from + i] * scale[d + j] + zero[d + j];
+    }
+#endif
+    for (; d < D; d++) {
         unpack(run.data + head * run.head + (u * D + d) * bytes, run.bits, G, row);
         for (int i = 0; i < n; i++) x[i * step + d] = row[from + i] * scale[d] + zero[d];
     }

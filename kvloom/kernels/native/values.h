@@ -39,6 +39,16 @@ void dense_mix(const float *p, int stride, const T *v, int64_t n, int D, float *
                 for (int t = 0; t < m; t++) a += splat(w[r * stride + t]) * load(rows + t * D + d);
                 store(out + r * D + d, a);
             }
+        if (d < D && D > W) {  // the last numbers of a row, with some that have been summed
+            for (int r = 0; r < R; r++) {
+                vf a = {};
+                for (int t = 0; t < m; t++) a += splat(w[r * stride + t]) * load(rows + t * D + D - W);
+                float lanes[W];
+                store(lanes, a);
+                for (int i = d; i < D; i++) out[r * D + i] += lanes[i - (D - W)];
+            }
+            d = D;
+        }
         for (; d < D; d++)
             for (int r = 0; r < R; r++)
                 for (int t = 0; t < m; t++) out[r * D + d] += w[r * stride + t] * scalar(rows + t * D + d);

@@ -93,6 +93,9 @@ inline float scalar(const BF16 *p) {
     return out;
 }
 inline float scalar(const F16 *p) {  // any half, subnormals and infinities included, by one exact product
+#if defined(__F16C__)
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(p->x)));
+#endif
     uint32_t sign = uint32_t(p->x & 0x8000) << 16, rest = uint32_t(p->x & 0x7fff) << 13;
     float out;
     memcpy(&out, &rest, 4);
