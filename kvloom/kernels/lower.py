@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvloom.kernels.tile import NEAR, Stage, Term, Tile
 
-__all__ = ["SUM", "Unread", "described"]
+__all__ = ["SUM", "TILE", "Unread", "described"]
 
 Described = tuple[Any, ...]
 TABLE, TILE, SUM = 5, 6, 7  # these and the following as in native/job.h
@@ -48,9 +48,8 @@ def _base(tile: Tile, packed: Callable[..., Described | None]) -> Described:
         kind, at, head, row, *_ = _field((x, 1), tile.n, _KIND, tile.base_width) or ()
         return kind, tile.n, at, head, 0, row
     if tile.kind == "minmax":
-        found = packed(*tile.base) or ()
-        _must(bool(found), tile.base[0] == "tokens" or tile.base_width % 8 == 0)
-        return found
+        _must(tile.base[0] == "tokens" or tile.base_width % 8 == 0)
+        return _groups(tile, packed, None)
     codes, bits, table, each = tile.base
     count = tile.base_width // each
     _must(bits in (1, 2, 3, 4, 8), codes.dtype == torch.uint8, codes.shape[2] * 8 == count * bits, count % 8 == 0)
@@ -58,6 +57,18 @@ def _base(tile: Tile, packed: Callable[..., Described | None]) -> Described:
     _must(table.shape[2] in (2**bits * each, 2**bits * each * count), table.dtype == torch.float32)
     _, at, head, row, *_ = _field((codes, 1), tile.n, {torch.uint8: 0}, codes.shape[2]) or ()
     return TABLE, tile.n, at, head, 0, row, bits, count, _field((table, 0), tile.n, _KIND, table.shape[2])
+
+
+def _groups(tile: Tile, packed: Callable[..., Described | None], q: Tensor | None) -> Described:
+    """A base in groups; strides of 0 for what heads share."""
+    along, _, group, codes, scale, zero = tile.base
+    shape = (tile.n // group, tile.base_width) if along == "tokens" else (tile.n, tile.base_width // group)
+    _must(tuple(scale.shape[1:]) == tuple(zero.shape[1:]) == shape)
+    found = list(packed(*tile.base, q=q) or ())
+    _must(bool(found), codes.device.type == "cpu")
+    for x, stride in ((codes, 3), (scale, 8), (zero, 10)):
+        found[stride] = 0 if x.shape[0] == 1 else found[stride]
+    return tuple(found)
 
 
 def _stage(stage: Stage, n: int, width: int) -> tuple[Any, ...]:
@@ -97,9 +108,14 @@ def _stage(stage: Stage, n: int, width: int) -> tuple[Any, ...]:
 def described(term: Term, n: int, packed: Callable[..., Described | None], kept: list[Tensor]) -> Described:
     """One term for the compiled kernels. `packed` describes groups of codes. Raises Unread."""
     tile, right = term.tile, None
+    tensors = [x for x in tile.base if isinstance(x, Tensor)]
+    tensors += [each[0] for stage in tile.stages if stage.op != "turn" for each in stage.fields if each is not None]
+    tensors += [x for x in (term.q, None if term.right is None else term.right[0]) if x is not None]
+    heads = {x.shape[0] for x in tensors} - {1}
+    _must(len(heads) <= 1)
     if tile.kind == "minmax" and not tile.stages and term.right is None:  # codes that are multiplied as they are
-        found = packed(*tile.base, q=term.q) or ()
-        _must(bool(found), tile.width <= MOST)
+        found = _groups(tile, packed, term.q)
+        _must(tile.width <= MOST)
         kept.extend(x for x in (*tile.base, term.q) if isinstance(x, Tensor))
         return (*found[:12], found[12] and tile.width % 8 == 0, tile.width if term.q is not None else 0)
     _must(tile.n == n, tile.base_width <= WIDEST, tile.width <= MOST)
@@ -117,4 +133,4 @@ def described(term: Term, n: int, packed: Callable[..., Described | None], kept:
         _must(term.q.dtype == torch.float32, term.q.is_contiguous(), right is not None or term.q.shape[2] == width)
         kept.append(term.q)
         q = term.q.data_ptr()
-    return TILE, n, (base,), q, tile.base_width, width, tuple(stages), right
+    return TILE, n, (base,), q, tile.base_width, width, tuple(stages), right, max(heads, default=1)

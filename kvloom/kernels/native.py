@@ -138,6 +138,10 @@ def job(h: int, rows: int, dim: int, value_dim: int, parts: list[Part], scale: f
     out, lse = torch.empty(h, rows, value_dim), torch.empty(h, rows)
     segments = []
     for part in parts:
+        for run in (*part.keys, *part.values):
+            for term in run[2] if run[0] == lower.SUM else (run,):
+                if term[0] == lower.TILE and term[8] not in (1, h):
+                    raise ValueError(f"a run of {term[8]} heads, asked for {h}")
         logw = (0, 0)
         if part.logw is not None:
             logw = (part.logw.data_ptr(), part.logw.stride(0) if part.logw.shape[0] > 1 else 0)

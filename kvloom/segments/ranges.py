@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvloom.core.codec import Block, Codec, Const, Plane, Scope
 from kvloom.core.site import Site
-from kvloom.kernels.tile import Tile
+from kvloom.kernels.tile import Term, Tile
 from kvloom.segments.minmax import MinMax
 from kvloom.segments.nested import Nested
 
@@ -120,3 +120,8 @@ class ChannelScale(Nested):
     def tile(self, block: Block, const: Const) -> Tile | None:
         tile = self.inner.tile(block, const)
         return None if tile is None else tile.affine(const["channel"][:, None], per=0)
+
+    def terms(self, block: Block, const: Const, q: Tensor | None) -> list[Term] | None:
+        if q is None:
+            return super().terms(block, const, q)
+        return self.inner.terms(block, const, q * const["channel"][:, None])
