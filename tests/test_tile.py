@@ -96,6 +96,8 @@ def test_every_codec(
     assert found is not None, (key, value)
     keys, values = k.decode().float(), v.decode().float()
     size = max(1.0, float(values.abs().max()), float(keys.abs().max()) if native.DOT == "float" else 20.0)
+    decoded = {each.decode().dtype for each in (k, v)}  # torch rounds to it, the kernels don't
+    size *= 30 if torch.bfloat16 in decoded else 4 if torch.float16 in decoded else 1
     close(found, plain(q, keys, values, logw=logw, cap=cap), size)
 
 
@@ -135,7 +137,7 @@ def test_keys_that_turn(
         assert found is None  # a sum of two codes does not turn as one
     else:
         assert found is not None, key
-        close(found, expected, 20.0)
+        close(found, expected, 200.0 if run.decode().dtype == torch.bfloat16 else 40.0)
 
 
 @pytest.mark.parametrize(
