@@ -64,11 +64,9 @@ def _groups(tile: Tile, packed: Callable[..., Described | None], q: Tensor | Non
     along, _, group, codes, scale, zero = tile.base
     shape = (tile.n // group, tile.base_width) if along == "tokens" else (tile.n, tile.base_width // group)
     _must(tuple(scale.shape[1:]) == tuple(zero.shape[1:]) == shape)
-    found = list(packed(*tile.base, q=q) or ())
+    found = packed(*tile.base, q=q) or ()
     _must(bool(found), codes.device.type == "cpu")
-    for x, stride in ((codes, 3), (scale, 8), (zero, 10)):
-        found[stride] = 0 if x.shape[0] == 1 else found[stride]
-    return tuple(found)
+    return found
 
 
 def _stage(stage: Stage, n: int, width: int) -> tuple[Any, ...]:

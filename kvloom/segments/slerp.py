@@ -73,9 +73,5 @@ class Slerp(Nested):
     def mix(self, p: Tensor, block: Block, const: Const) -> Tensor:
         return self.inner.mix(p * block["length"].float()[:, None], self.within(block), const)
 
-    def tile(self, block: Block, const: Const) -> Tile | None:
-        tile = self.inner.tile(self.within(block), const)
-        return None if tile is None else tile.affine(block["length"][..., None])
-
     def nbytes(self, n: int, heads: int, dim: int, itemsize: int) -> int:
         return self.inner.nbytes(n, heads, dim, itemsize) // 2 + heads * n * itemsize
