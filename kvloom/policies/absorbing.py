@@ -17,6 +17,7 @@ from kvloom.policies.placements import Keep
 __all__ = ["Clusters", "Nearest", "Redundant", "Runs", "nearest"]
 
 TILE = 1 << 20  # similarities at a time
+FEW = 16  # slots that leave at a time while decoding
 
 
 def nearest(x: Tensor, y: Tensor, v: Tensor | None = None, w: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -66,9 +67,14 @@ class Nearest(Keep):
             scores.argmin(-1, keepdim=True) if over == 1 else scores.topk(over, -1, largest=False).indices.sort().values
         )
         leaves = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, slots, True)
-        stay, (k, _) = _which(~leaves), _stored(table)
-        alike, at = nearest(gather(k, slots), gather(k, stay))
-        into = stay.gather(1, at)
+        k, _ = _stored(table)
+        if over <= FEW:  # while decoding: where the keys lie, without a copy of them
+            found = (F.normalize(gather(k, slots).float(), dim=-1) @ k.mT.float()) / k.norm(dim=-1)[:, None]
+            alike, into = found.masked_fill_(leaves[:, None], -torch.inf).max(-1)
+        else:
+            stay = _which(~leaves)
+            alike, at = nearest(gather(k, slots), gather(k, stay))
+            into = stay.gather(1, at)
         if self.keep is not None:
             mean = alike.mean().expand(step.heads)
             held = step.group.state.get("threshold")

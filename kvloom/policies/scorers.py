@@ -97,11 +97,14 @@ class GlobalLocal:
     """
 
     recent: int
+    every: int = 1  # while decoding, slots over budget from which on a placement asks
     queries = -1
     columns = 1
 
     def __call__(self, step: Step, table: Table) -> Tensor:
         everywhere = table.add("mass", step.mass(table).sum(1))
+        if step.phase == "decode" and (step.budget is None or table.n - step.budget < self.every):
+            return everywhere
         inside = table.index >= step.length - self.recent
         far, near = (x.masked_fill(inside, 0.0) for x in (everywhere, step.window(table, self.recent).sum(1)))
         scale = far.mean(-1, keepdim=True) / near.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
