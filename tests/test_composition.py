@@ -43,8 +43,11 @@ def text() -> Tensor:
 def small(placement: str) -> str:
     """The placement with options at which it gives up or moves some of the text."""
     names = {option.name for option in composition.recipes()[placement].options}
+    # the mean of neighbours, not their maximum: of equal scores, which leave hangs on the order in which slots are stored
+    pooled = ("budget=96", "window=16", "pool='avg'")
     ways = (
         ("start=0.0",),
+        pooled,
         ("budget=96", "window=16"),
         ("budget=96",),
         ("budget=0.3",),
@@ -224,7 +227,7 @@ def test_refused_with_a_reason(placement: str, codec: str) -> None:
     """Before any work, and in a sentence that says what to use instead."""
     with pytest.raises(KvloomError) as caught:
         KVCache(model(), composed(placement, codec))
-    assert "Use" in str(caught.value) or "Compose" in str(caught.value) or "Keep" in str(caught.value)
+    assert any(word in str(caught.value).lower() for word in ("use ", "compose ", "keep "))
 
 
 def test_the_page_is_current() -> None:

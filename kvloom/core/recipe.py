@@ -273,16 +273,16 @@ class Recipe:
 
     def _check_selectors(self) -> None:
         """Raises RecipeError where reading a selection only would leave somebody without what he needs."""
+        decode = self.policy.get("decode")
         if all(kind.select is None for kind in self.kinds.values()):
             return
-        decode = self.policy.get("decode")
         if decode is not None and decode.score is not None and decode.score.queries < 0:
             raise RecipeError(
                 f"{self.name}: decoded tokens read only a selection of slots, but eviction while decoding counts the attention "
                 "that all slots receive. Use a placement that looks at its newest queries, such as snapkv."
             )
-        if any(kind.turn for kind in self.kinds.values()):
-            raise RecipeError(f"{self.name}: slots that keep their distance (turn) can't be combined with a selector.")
+        if any(kind.turn or kind.hidden for kind in self.kinds.values()):
+            raise RecipeError(f"{self.name}: a selector can't read layer inputs, or slots with a turn. Use one alone.")
 
     def nbytes(self, site: Site, held: Mapping[str, int]) -> int:
         """Bytes of one sequence in one layer that holds `held[class]` slots of each head, without empty room.
