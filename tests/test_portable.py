@@ -35,6 +35,7 @@ RECIPES = (
     "task_kv(budget=40, sinks=4, recent=10, window=8)",
     "kvtuner(bits=4, group=8, residual=16, trials=12)",
     "duoattention(sinks=2, window=20)",
+    "attention_gate(threshold=0.5)",
 )
 
 
