@@ -36,6 +36,7 @@ RECIPES = (
     "shadowkv(rank=8, local=1)",
     "think(recent=6)",
     "think(recent=6) | kivi(bits=4, group=8, residual=16)",
+    "vidkv(protect=0.0, group=8)",
 )
 PLACED = ("streamingllm(window=30)", "h2o(budget=40)", "snapkv(budget=40, window=8)")
 

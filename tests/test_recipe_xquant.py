@@ -13,6 +13,7 @@ from transformers import DynamicCache
 import kvloom
 from kvloom import KVCache, KvloomError, RecipeError, parse
 from kvloom.core.project import attentions
+from kvloom.lab.outliers import plant
 from tests.families import build, prompt, subject
 from tests.modes import MODES, make_cache
 from tests.reference import Full, Slots, layers_of, per_token, rope, run, run_cache
@@ -171,6 +172,23 @@ def test_stock_caches_and_detach() -> None:
     torch.testing.assert_close(
         run_cache(twin, KVCache(twin, "xquant(bits=16)"), ids, sizes), want, atol=1e-3, rtol=1e-3
     )
+
+
+def test_outlier_channels_of_keys_do_not_matter() -> None:
+    """Inputs have none of them: with channels planted, predictions stay as they were, and those of per-token codes do not."""
+    ids, sizes, errors = prompt(120), [100] + [1] * 20, []
+    for planted in (False, True):
+        model = build("llama", **MHA)
+        if planted:
+            plant(model)
+        full = run_cache(model, DynamicCache(config=model.config), ids, sizes)
+        found = [
+            run_cache(model, KVCache(model, recipe), ids, sizes)
+            for recipe in ("xquant(group=16)", "turboquant(bits=4)")
+        ]
+        errors.append([float((x - full)[100:].square().mean()) for x in found])
+    assert errors[1][0] == pytest.approx(errors[0][0], rel=0.1)
+    assert errors[1][1] > 2 * errors[0][1]
 
 
 def test_what_cannot_be_is_refused() -> None:
