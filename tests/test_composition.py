@@ -142,9 +142,10 @@ def check_bytes(cache: KVCache) -> None:
         for group in layer.groups:
             heads = site.kv_heads if group.heads is None else len(group.heads)
             for segment in group.segments.values():
-                for plane, dim in ((segment.key, site.key_dim), (segment.value, site.value_dim)):
-                    for run in plane.runs:
-                        told = run.codec.nbytes(run.n, heads, dim, site.itemsize)
+                for plane in (segment.key, segment.value):
+                    all_heads, dim = segment.kind.shape(site, plane.which)
+                    for run in () if plane.mirrors else plane.runs:
+                        told = run.codec.nbytes(run.n, min(heads, all_heads), dim, site.itemsize)
                         held = sum(buffer.used for buffer in run.fields.values())
                         assert held == told if run.grows else held >= told
     report = cache.report()
