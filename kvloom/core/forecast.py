@@ -193,6 +193,9 @@ class _Step(Step):
     def window(self, table: Table, rows: int) -> Tensor:
         return torch.rand(self.heads, self.site.group, table.n)
 
+    def looks(self, table: Table, rows: int) -> Tensor:
+        return torch.rand(self.heads, 1, rows, table.n)
+
     def probed(self, table: Table, rows: Tensor) -> Tensor:
         return torch.rand(self.heads, 1, table.n)
 

@@ -150,6 +150,10 @@ class Step:
 
     def window(self, table: Table, rows: int) -> Tensor:
         """Attention of the newest `rows` queries over what is stored now, summed: [h, g, n] fp32."""
+        return self.looks(table, rows).sum(2)
+
+    def looks(self, table: Table, rows: int) -> Tensor:
+        """Attention of each of the newest `rows` queries over what is stored now: [h, g, w, n] fp32."""
         assert self.recent is not None
         q = self.recent[:, :, -rows:]
         w = q.shape[2]
@@ -161,4 +165,4 @@ class Step:
                 ahead = segment.index[:, None, None, :] > last[:, None]
                 pieces[name] = s.masked_fill_(ahead, -torch.inf)
         lse = torch.logsumexp(torch.stack([torch.logsumexp(s, -1) for s in pieces.values()]), 0)
-        return torch.cat([reference.exp_(pieces[name] - lse[..., None]).sum(2) for name, _ in table.parts], -1)
+        return torch.cat([reference.exp_(pieces[name] - lse[..., None]) for name, _ in table.parts], -1)
