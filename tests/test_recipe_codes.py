@@ -34,6 +34,7 @@ RECIPES = (
     "fireq",
     "kvtuner(bits=4, group=8, residual=16, trials=12)",
     "shadowkv(rank=8, local=1)",
+    "key-driven-gqa",
     "think(recent=6)",
     "think(recent=6) | kivi(bits=4, group=8, residual=16)",
     "vidkv(protect=0.0, group=8)",
@@ -141,7 +142,7 @@ def test_nothing_is_encoded_twice(recipe: str, monkeypatch: pytest.MonkeyPatch) 
     [
         r
         for r in RECIPES
-        if not any(x in r for x in ("layer", "effectively", "cskv", "shadow", "rotatekv"))
+        if not any(x in r for x in ("layer", "effectively", "cskv", "shadow", "driven", "rotatekv"))
         and r not in ("kvquant(bits=2)", "gear(group=8, residual=16)")
     ],
 )
