@@ -147,8 +147,8 @@ def test_damages_are_those_of_one_head() -> None:
     assert all(float(x[..., 0].min()) > float(x[..., -2].mean()) for x in found.values())
 
 
-def test_searched_ranks_and_trained_directions_lose_less() -> None:
-    """The bundled profile: ranks by head against one for all, on random words of the bundled model."""
+def test_searched_ranks_lose_less_than_one_for_all() -> None:
+    """With the bundled profile, on random tokens."""
     model, _ = load_model("nano")
     ids = torch.randint(3, 4000, (1, 300), generator=torch.Generator().manual_seed(3))
 
