@@ -39,7 +39,7 @@ CARD = Card(
     "outlier channels 0.034, 92 % (channels=0: 0.026, 92 %), where olive has 0.205 and turboquant(bits=4) 0.091. "
     "kivi(bits=4, group=32, residual=32) on the plain model: 0.003, 97 % at 5.3. So factors for pairs do most of it; single channels are 16 of 64 "
     "here, with their partners, and add nothing sure. Profile from the bundled book: 10 texts of 2,048 tokens, half a minute. Behind 4,096 tokens, one core: 29 ms per "
-    "token (`full` 20); encoding the new one step by step in torch is what bounds it.",
+    "token (`full` 20), of which encoding the new one takes 2.",
     bytes="per token and KV head: D*bits/8 + 2*D/group for keys and again for values (D/group with scales='fp8'; one group per head "
     "by default); 4*H*D of factors per layer, once per model",
 )
