@@ -47,6 +47,7 @@ def small(placement: str) -> str:
     pooled = ("budget=96", "window=16", "pool='avg'")
     ways = (
         ("start=0.0",),
+        ("budget=96", "text_first=False", "merge=None"),  # what merges can't go on behind codes, and says so
         pooled,
         ("budget=96", "window=16"),
         ("budget=96",),
