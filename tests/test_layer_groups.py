@@ -23,6 +23,7 @@ RECIPES = (
     "minicache(bits=4, interval=16)",
     "xkv(layers=2)",
     "xkv(layers=3, keys='post-rope', key_rank=20)",
+    "xquant(bits=2, group=16, first=1, across=True)",
 )
 
 
@@ -35,7 +36,8 @@ def common(cache: KVCache, row: int = 0) -> list[tuple[Any, ...]]:
             for which in ("key", "value"):
                 for runs in zip(*(getattr(segment, which).runs for segment in segments), strict=True):
                     assert len({run.n for run in runs}) == 1
-                    found += [tuple(run.fields[name] for run in runs) for name in runs[0].codec.shared]
+                    names = runs[0].codec.shared
+                    found += [tuple(run.fields[x] for run in runs if x in run.fields) for x in sorted(names)]
     return found
 
 

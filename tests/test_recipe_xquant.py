@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,12 @@ from transformers import DynamicCache
 
 import kvloom
 from kvloom import KVCache, KvloomError, RecipeError, parse
+from kvloom.core.forecast import forecast
 from kvloom.core.project import attentions
+from kvloom.lab.measure import load_model
 from kvloom.lab.outliers import plant
+from kvloom.segments.delta import Delta
+from kvloom.segments.minmax import MinMax
 from tests.families import build, prompt, subject
 from tests.modes import MODES, make_cache
 from tests.reference import Full, Slots, layers_of, per_token, rope, run, run_cache
@@ -60,7 +65,7 @@ class XQuant(Full):
         both = torch.cat([k, v]).transpose(0, 1).flatten(1)
         weight = torch.cat([at.k_proj.weight, at.v_proj.weight])
         x = torch.linalg.lstsq(weight.double(), both.double().T).solution.T.float()
-        seen = per_token(x, self.bits, self.group)
+        seen = self.seen(layer, x)
         place = torch.arange(start, start + len(x))
         for h in range(len(k)):
             s = self.slots[layer, h]
@@ -70,7 +75,23 @@ class XQuant(Full):
             s.v[start:] = seen @ at.v_proj.weight[rows].T
         return out
 
+    def seen(self, layer: int, x: Tensor) -> Tensor:
+        return per_token(x, self.bits, self.group)
+
     def after(self, layer: int, head: int, s: Slots, q: Tensor, p: Tensor) -> None: ...
+
+
+class Across(XQuant):
+    """Layers behind layer 1 add to what the one before them reads back; that and the one before it take `many` bits."""
+
+    many = 8
+
+    def seen(self, layer: int, x: Tensor) -> Tensor:
+        if layer < 2:
+            self.sum = per_token(x, self.many, self.group)
+        else:
+            self.sum = self.sum + per_token(x - self.sum, self.bits, self.group)
+        return self.sum
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -82,6 +103,60 @@ def test_logits_are_those_of_quantized_inputs(bits: int) -> None:
     assert float(close.float().mean()) > 0.9  # a number between two codes may go either way
     full = run_cache(model, DynamicCache(config=model.config), ids, sizes)
     assert float((got - want).square().mean()) < 0.05 * float((full - want).square().mean())
+
+
+def test_logits_are_those_of_sums_over_layers() -> None:
+    model, ids, sizes = build("llama", num_hidden_layers=4, **MHA), prompt(90), [50] + [1] * 20 + [15, 1, 1, 1, 1, 1]
+    want = run(Across(model, 4, 16), ids, sizes)
+    cache = KVCache(model, "xquant(bits=4, group=16, first=2, first_bits=8, across=True)")
+    got = run_cache(model, cache, ids, sizes)
+    assert cache.recipe.groups == ((1, 2, 3),)
+    close = (got - want).abs().amax(-1) < 0.02
+    assert float(close.float().mean()) > 0.9  # a number between two codes may go either way
+    full = run_cache(model, DynamicCache(config=model.config), ids, sizes)
+    assert float((got - want).square().mean()) < 0.05 * float((full - want).square().mean())
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_sums_unquantized_give_the_full_cache(first: int) -> None:
+    for family, more in (("llama", {}), ("qwen3", {"head_dim": 16}), ("gpt_neox", None)):
+        model = build(family, num_hidden_layers=4, **({} if more is None else {**MHA, **more}))
+        ids = prompt(sum(SIZES))
+        want = run_cache(model, DynamicCache(config=model.config), ids, SIZES)
+        got = run_cache(model, KVCache(model, f"xquant(bits=16, first={first}, across=True)"), ids, SIZES)
+        torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
+
+
+def test_the_error_of_a_sum_does_not_grow_with_depth() -> None:
+    """It is that of one code of the last difference: at most half a step of it, however many layers are below."""
+    torch.manual_seed(0)
+    code, x = MinMax(2, 16, "channels"), torch.randn(1, 40, 64)
+    planes = [x + 0.1 * torch.randn(1, 40, 64) * i for i in range(12)]
+    delta = Delta(MinMax(4, 16, "channels"), code, 12)
+    blocks = delta.encode_together(planes, [{}] * 12)
+    p = torch.rand(1, 3, 40)
+    for i, (want, block) in enumerate(zip(planes, blocks, strict=True)):
+        got = delta.decode(block, {})
+        steps = block[f"scale{i}"].float().repeat_interleave(16, 2)
+        assert bool(((got - want).abs() <= 0.51 * steps + 2e-3).all())
+        torch.testing.assert_close(delta.mix(p, block, {}), p @ got, atol=1e-4, rtol=1e-4)
+
+
+def test_sums_of_layers_beat_inputs_and_kivi_at_equal_bytes() -> None:
+    """Inputs of neighbouring layers of a trained model are alike, with outlier channels in keys or without."""
+    model, tokenizer = load_model("nano+outliers")
+    text = (Path(kvloom.__file__).parent / "models" / "text" / "gutenberg.txt").read_text()[100_000:102_500]
+    ids, sizes = tokenizer(text, return_tensors="pt").input_ids[:, :416], [400] + [1] * 16
+    full = run_cache(model, DynamicCache(config=model.config), ids, sizes)[399:].log_softmax(-1)
+    found = []
+    for recipe in ("xquant(bits=2, across=True)", "xquant(bits=2)", "kivi(bits=2, residual=32)"):
+        cache = KVCache(model, recipe)
+        got = run_cache(model, cache, ids, sizes)[399:].log_softmax(-1)
+        found.append((float((full.exp() * (full - got)).sum(-1).mean()), cache.report().used))
+    (sums, size), (inputs, same), (kivi, more) = found
+    assert size == same < more
+    assert sums < 0.1 * inputs
+    assert sums < 0.7 * kivi
 
 
 def test_latents_are_the_inputs_in_the_directions_of_the_weights() -> None:
@@ -115,13 +190,28 @@ def test_4_bytes() -> None:
     assert [cache.recipe.nbytes(layer.site, {"main": n}) for layer in cache.managed()] == want
 
 
+def test_bytes_of_sums() -> None:
+    """As without sums: each layer pays for its own difference only, and the ledger counts it once."""
+    model, n = build("llama", num_hidden_layers=4, **MHA), 320
+    cache = KVCache(model, "xquant(bits=2, group=16, first=2, across=True)")
+    run_cache(model, cache, prompt(n), [n - 40] + [1] * 40)
+    want = [n * (64 * bits // 8 + 4 * 64 // 16) for bits in (4, 4, 2, 2)]
+    report = cache.report()
+    assert [sum(e.nbytes for e in report.entries if e.layer == i) for i in range(4)] == want
+    shares = [cache.recipe.nbytes(layer.site, {"main": n}) for layer in cache.managed()]  # whole bytes of a group's
+    assert 0 <= sum(want) - sum(shares) < 3
+    told = forecast(cache.recipe, [layer.site for layer in cache.managed()], n - 40, 40)
+    assert [each.used for each in told] == want
+
+
+@pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize("mode", [m for m in MODES if m != "sampled"])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_ways_of_running(family: str, mode: str) -> None:
+def test_ways_of_running(family: str, mode: str, across: bool) -> None:
     """Batches, padding, beams, drafts, crops, copies and chunks: as the full cache, when inputs are exact."""
     model = subject(family, **(MHA if family == "llama" else {}))
     assistant = build(family, assistant=True, **(MHA if family == "llama" else {}))
-    got = MODES[mode](model, assistant, lambda m: make_cache(m, "xquant(bits=16)"))
+    got = MODES[mode](model, assistant, lambda m: make_cache(m, f"xquant(bits=16, first=1, across={across})"))
     want = MODES[mode](model, assistant, lambda m: make_cache(m, "full"))
     for a, b in zip(got.logits, want.logits, strict=True):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
@@ -192,11 +282,19 @@ def test_outlier_channels_of_keys_do_not_matter() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    for wrong in ("bits=5", "group=9", "first=-1"):
+    for wrong in ("bits=5", "group=9", "first=-1", "across=1"):
         with pytest.raises(RecipeError):
             parse(f"xquant({wrong})")
     with pytest.raises(RecipeError, match="normalizes"):
         KVCache(build("qwen3", num_key_value_heads=1, head_dim=16), "xquant(group=16)")
+    for options, why in (
+        ({"num_key_value_heads": 1}, "larger than keys"),
+        ({**MHA, "num_hidden_layers": 1}, "together"),
+    ):
+        with pytest.raises(RecipeError, match=why):
+            KVCache(build("llama", **options), "xquant(group=16, first=1, across=True)")
+    with pytest.raises(KvloomError, match="whole group"):
+        KVCache(build("llama", **MHA), "h2o | xquant(group=16, first=1, across=True)")
     with pytest.raises(KvloomError, match="how kept tokens"):
         KVCache(build("llama", **MHA), "xquant(group=16) | kivi(group=16)")
     with pytest.raises(KvloomError, match="whole layer"):

@@ -129,8 +129,8 @@ class Codec:
         return out
 
     def slots(self, block: Block) -> int:
-        """How many slots a block holds."""
-        name, per = next((name, per) for name, per in self.per.items() if per)
+        """How many slots a block holds, or a part of its fields."""
+        name, per = next((name, per) for name, per in self.per.items() if per and name in block)
         return block[name].shape[1] * per
 
     def cut(self, block: Block, start: int, stop: int) -> Block:

@@ -86,6 +86,7 @@ def dump(cache: KVCache) -> State:
         "layers": [],
     }
     tensors: dict[Part, Tensor] = {}
+    held: set[int] = set()  # buffers that layers have in common: they come with the first
     for layer in layers:
         if len(layer.rows) != 1:
             raise CacheError(f"this cache holds {len(layer.rows)} sequences; the state of exactly one can be stored.")
@@ -93,13 +94,12 @@ def dump(cache: KVCache) -> State:
             raise CacheError("drafts or a forward are pending in this cache; store it when they are done.")
         row, at = layer.rows[0], layer.site.layer
         layer.resolve()
-        first = not layer.mates or at == layer.mates[0]  # of a group, whose common fields come with it
         groups = []
         for g, group in enumerate(row.layer.groups):
             if group.heads is not None:
                 tensors[Part(at, "state", f"heads.{g}")] = group.heads
             classes = {
-                name: _dump_segment(segment, at, f"{g}.{c}", tensors, first)
+                name: _dump_segment(segment, at, f"{g}.{c}", tensors, held)
                 for c, (name, segment) in enumerate(group.segments.items())
             }
             tensors |= {Part(at, "state", f"{g}.{name}"): x for name, x in group.state.items()}
@@ -121,7 +121,7 @@ def dump(cache: KVCache) -> State:
 
 
 def _dump_segment(
-    segment: Segment, layer: int, prefix: str, tensors: dict[Part, Tensor], first: bool
+    segment: Segment, layer: int, prefix: str, tensors: dict[Part, Tensor], held: set[int]
 ) -> dict[str, Any]:
     planes: dict[str, Any] = {}
     for which, plane in (("key", segment.key), ("value", segment.value)):
@@ -130,8 +130,10 @@ def _dump_segment(
             form = EXACT_RUN if run.codec.exact else forms.index(run.codec)
             listed.append([form, run.n, run.sealed, run.start, run.at is not None])
             for name, x in run.block.items():
-                if name in run.codec.shared and not first:
-                    continue
+                if name in run.codec.shared:
+                    if id(run.fields[name]) in held:
+                        continue
+                    held.add(id(run.fields[name]))
                 tensors[Part(layer, which, f"{prefix}.{r}.{name}")] = x
             if run.at is not None:
                 tensors[Part(layer, "column", f"{prefix}.{which}.{r}.at")] = run.at.view
@@ -196,9 +198,8 @@ def _read(cache: KVCache, layers: list[KVLayer], state: State, device: torch.dev
         inner = Layer(site, cache.recipe)
         for name in ("length", "prompt", "dropped_at"):
             setattr(inner, name, _count(found[name], name, seen))
-        mates = inner.mates
-        lead = None if not mates or mates[0] == site.layer else next(x for s, x, _ in made if s.layer == mates[0])
-        take = _Taker(left, site, device, lead)
+        before = [x for s, x, _ in made if s.layer in inner.mates]
+        take = _Taker(left, site, device, before)
         inner.groups = list(_groups(inner, found["groups"], take))
         if found["queries"]:
             queries = take("state", "queries", (site.q_heads, None, site.key_dim), site.dtype)
@@ -233,8 +234,8 @@ def _site(cache: KVCache, layer: KVLayer, shape: Any) -> Site:
 class _Taker:
     """Takes tensors out of a state by name, with the shape (None: any) and dtype that they must have."""
 
-    def __init__(self, tensors: dict[Part, Tensor], site: Site, device: torch.device, lead: Layer | None) -> None:
-        self.tensors, self.site, self.device, self.lead = tensors, site, device, lead
+    def __init__(self, tensors: dict[Part, Tensor], site: Site, device: torch.device, before: list[Layer]) -> None:
+        self.tensors, self.site, self.device, self.before = tensors, site, device, before
 
     def __call__(self, plane: str, field: str, shape: tuple[int | None, ...], dtype: torch.dtype) -> Tensor:
         part = Part(self.site.layer, plane, field)
@@ -307,8 +308,10 @@ def _fill(segment: Segment, facts: Any, heads: int, prefix: str, inner: Layer, t
             checked("an encoded run of an exact class", not (coded and plane.codec.exact))
             codec = forms[_count(form, "form", len(forms) - 1)] if coded else EXACT
             n = _count(n, "slots of a run", 1 << 31)
-            common = _common(take.lead, prefix, which, r) if codec.shared else {}
-            block = _block(codec, plane.const, n, h, dim, site, partial(take, which), f"{prefix}.{r}", common)
+            common = _common(take.before, codec, prefix, which, r)
+            block = _block(
+                codec, plane.const, n, h, dim, site, partial(take, which), f"{prefix}.{r}", common, len(take.before)
+            )
             at: int | Tensor = _count(start, "start of a run", inner.length)
             if placed:
                 name = f"{prefix}.{which}.{r}.at"
@@ -337,23 +340,23 @@ def _fill(segment: Segment, facts: Any, heads: int, prefix: str, inner: Layer, t
         digested(segment, kind.select)
 
 
-def _common(lead: Layer | None, prefix: str, which: str, r: int) -> Block:
-    """What run r of a plane shares with the same one of its group's first layer."""
-    if lead is None:
+def _common(before: list[Layer], codec: Codec, prefix: str, which: str, r: int) -> Block:
+    """What run r of a plane shares with the same one of its group's earlier layers, all of which the last of them has."""
+    if not before or not codec.shared:
         return {}
     g, c = (int(x) for x in prefix.split("."))
-    segment = list(lead.groups[g].segments.values())[c]
+    segment = list(before[-1].groups[g].segments.values())[c]
     run = (segment.key if which == "key" else segment.value).runs[r]
-    return {name: run.block[name] for name in run.codec.shared}
+    return {name: x for name, x in run.block.items() if name in codec.shared}
 
 
 def _block(
-    codec: Codec, const: Const, n: int, h: int, dim: int, site: Site, take: Any, prefix: str, common: Block
+    codec: Codec, const: Const, n: int, h: int, dim: int, site: Site, take: Any, prefix: str, common: Block, place: int
 ) -> Block:
     """The fields of a run of n slots, but those that it has in `common` with another layer."""
     checked("half a unit", n % codec.unit == 0, n)
     block = dict(common)
-    for name, (heads, row, dtype) in fields_of(codec, h, dim, site.dtype, const).items():
+    for name, (heads, row, dtype) in fields_of(codec, h, dim, site.dtype, const, place).items():
         if name in common:
             continue
         per = codec.per[name]
@@ -364,11 +367,18 @@ def _block(
 
 
 def fields_of(
-    codec: Codec, h: int, dim: int, dtype: torch.dtype, const: Const
+    codec: Codec, h: int, dim: int, dtype: torch.dtype, const: Const, place: int = 0
 ) -> dict[str, tuple[int, tuple[int, ...], torch.dtype]]:
-    """Of every field of a codec's block: heads, the shape behind heads and rows, dtype. As the codec makes them."""
+    """Of every field of a codec's block: heads, the shape behind heads and rows, dtype. As the codec makes them.
+
+    `place`: that of the layer in its group, for codecs that encode layers together.
+    """
     if codec.exact:
         return {"x": (h, (dim,), dtype)}
     zeros, known = torch.zeros(h, codec.unit, dim, dtype=dtype), {name: x.cpu() for name, x in const.items()}
-    sample = codec.encode_together([zeros], [known])[0] if codec.joint else codec.encode(zeros, known)
+    sample = (
+        codec.encode_together([zeros] * (place + 1), [known] * (place + 1))[-1]
+        if codec.joint
+        else codec.encode(zeros, known)
+    )
     return {name: (x.shape[0], tuple(x.shape[2:]), x.dtype) for name, x in sample.items()}

@@ -17,7 +17,7 @@ from kvloom.core.group import Table
 from kvloom.core.layer import Layer
 from kvloom.core.plane import Plane
 from kvloom.core.recipe import Groups, Phase, Policy
-from kvloom.core.run import Run
+from kvloom.core.run import Buffer, Run
 from kvloom.core.segment import Segment
 from kvloom.core.site import Site
 from kvloom.core.step import Step
@@ -153,20 +153,19 @@ def _join(segments: Sequence[Segment], planes: Sequence[Plane], decoding: bool) 
         return
     blocks = codec.encode_together(rows, [plane.const for plane in planes])
     grown = [plane.growing(codec) for plane in planes]
-    for plane, block, at, run in zip(planes, blocks, places, grown, strict=True):
+    for i, (plane, block, at, run) in reversed(list(enumerate(zip(planes, blocks, places, grown, strict=True)))):
         if run is None:
             plane.insert(codec, block, at)
-        else:
-            run.append(_own(block, run, grown[0]), at)
+        else:  # the last layer first, so that a run counts its slots before what it shares has grown
+            run.append(_own(block, run, grown[:i]), at)
         plane.freed(due)
     _alike(planes)
 
 
-def _own(block: Block, run: Run, lead: Run | None) -> Block:
-    """A block without what has gone to the buffers of the group's first layer, if these are the run's, too."""
-    if run is lead or lead is None:
-        return block
-    return {name: x for name, x in block.items() if run.fields[name] is not lead.fields[name]}
+def _own(block: Block, run: Run, before: Sequence[Run | None]) -> Block:
+    """A block without what goes to buffers that the run has in common with earlier layers."""
+    theirs = {id(buffer) for other in before if other is not None for buffer in other.fields.values()}
+    return {name: x for name, x in block.items() if id(run.fields[name]) not in theirs}
 
 
 def share(layers: Sequence[Layer]) -> None:
@@ -178,6 +177,7 @@ def share(layers: Sequence[Layer]) -> None:
 
 def _alike(planes: Sequence[Plane]) -> None:
     for runs in zip(*(plane.runs for plane in planes), strict=True):
-        for name in runs[0].codec.shared:
-            for run in runs[1:]:
-                run.fields[name] = runs[0].fields[name]
+        held: dict[str, Buffer] = {}
+        for run in runs:
+            for name in run.codec.shared & run.fields.keys():
+                run.fields[name] = held.setdefault(name, run.fields[name])
