@@ -32,8 +32,9 @@ NEEDY = (  # recipes that can't do without
 
 
 @functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory()  # deleted with the process
+def folder() -> tempfile.TemporaryDirectory[str]:
+    """Where they are, until the process ends."""
+    return tempfile.TemporaryDirectory()
 
 
 def profiled(model: PreTrainedModel, recipe: str) -> str:
@@ -43,7 +44,7 @@ def profiled(model: PreTrainedModel, recipe: str) -> str:
     if name not in NEEDY or "|" in recipe:
         return recipe
     options = options.rstrip(")")
-    path = Path(_folder().name) / f"{fingerprint(model)}-{name}-{abs(hash(options))}.safetensors"
+    path = Path(folder().name) / f"{fingerprint(model)}-{name}-{abs(hash(options))}.safetensors"
     if not path.exists():
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         ids = torch.randint(3, vocabulary, (256,), generator=torch.Generator().manual_seed(1))

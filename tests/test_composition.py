@@ -9,6 +9,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +18,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvloom import KVCache, parse
+from kvloom.core import profile as profiles
 from kvloom.core.codec import Block, Codec, Const
 from kvloom.core.recipe import Recipe
 from kvloom.core.segment import Kind
+from kvloom.core.view import sites_of
 from kvloom.errors import KvloomError
+from kvloom.policies.token_gates import fresh
 from scripts import composition
 from tests.families import prompt, subject
-from tests.profiles import profiled
+from tests.profiles import folder, profiled
 from tests.reference import kept, layers_of, run_cache
 
 SIZES = [300] + [1] * 200 + [40] + [1] * 20  # a prompt, 200 tokens one by one, a second turn
@@ -31,8 +35,9 @@ SHORT = [300] + [1] * 40 + [40] + [1] * 5
 NEVER = 1 << 30
 
 
-def model() -> PreTrainedModel:
-    return subject("llama", head_dim=64, num_hidden_layers=2, max_position_embeddings=1024)
+def model(placement: str = "") -> PreTrainedModel:
+    layers = 4 if placement == "d2o" else 2  # it keeps the first two and the last whole
+    return subject("llama", head_dim=64, num_hidden_layers=layers, max_position_embeddings=1024)
 
 
 @functools.cache
@@ -59,16 +64,28 @@ def small(placement: str) -> str:
     for way in ways:
         if {each.partition("=")[0] for each in way} <= names:
             try:
-                recipe = profiled(model(), f"{placement}({', '.join(way)})")
-                KVCache(model(), recipe)
+                if placement == "attention-gate":
+                    return gated()
+                recipe = profiled(model(placement), f"{placement}({', '.join(way)})")
+                KVCache(model(placement), recipe)
                 return recipe
             except KvloomError:
                 continue
     raise AssertionError(f"no options found for {placement}")
 
 
+@functools.cache
+def gated() -> str:
+    """Attention-Gate with gates of which about half are open; a profile of the shared ones has all open."""
+    site = sites_of(model())[0]
+    gates = fresh(2, site.kv_heads, 2 * site.key_dim)
+    path = Path(folder().name) / "half-open.safetensors"
+    profiles.save(path, model(), "attention-gate", {**gates, "out": 20 * gates["out"], "bias": 0 * gates["bias"]})
+    return f"attention-gate(profile={str(path)!r})"
+
+
 def composed(placement: str, codec: str) -> Recipe:
-    return (parse(small(placement)) | parse(profiled(model(), codec))).ready(model())
+    return (parse(small(placement)) | parse(profiled(model(placement), codec))).ready(model(placement))
 
 
 class Whole(Codec):
@@ -109,9 +126,9 @@ class Ran:
     slots: list[int]  # of each head of each layer, in the end
 
 
-def ran(recipe: Recipe | str, sizes: Sequence[int]) -> Ran:
-    """Runs the text, and looks after every forward that no slot is lost or doubled."""
-    cache = KVCache(model(), recipe)
+def ran(placement: str, recipe: Recipe | str, sizes: Sequence[int]) -> Ran:
+    """Runs the text on the placement's model, and looks after every forward that no slot is lost or doubled."""
+    cache = KVCache(model(placement), recipe)
 
     def watch(length: int) -> None:
         if length % 16 and length < sum(sizes):
@@ -121,18 +138,18 @@ def ran(recipe: Recipe | str, sizes: Sequence[int]) -> Ran:
                 assert len(set(head)) == len(head), "a slot is there twice"
                 assert head and min(head) >= 0 and max(head) < length, "a slot of no token"
 
-    logits = run_cache(model(), cache, text(), sizes, watch)
+    logits = run_cache(model(placement), cache, text(), sizes, watch)
     return Ran(logits, cache, [len(head) for layer in kept(cache) for head in layer])
 
 
 @functools.cache
 def alone(placement: str, short: bool) -> Ran:
-    return ran(small(placement), SHORT if short else SIZES)
+    return ran(placement, small(placement), SHORT if short else SIZES)
 
 
 @functools.cache
-def full() -> Tensor:
-    return ran("full", SIZES).logits.log_softmax(-1)
+def full(placement: str) -> Tensor:
+    return ran(placement, "full", SIZES).logits.log_softmax(-1)
 
 
 def check_bytes(cache: KVCache) -> None:
@@ -188,8 +205,8 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize(("placement", "codec"), cases())
 def test_nothing_is_lost_but_numbers(placement: str, codec: str) -> None:
     """A prompt, 200 steps and a second turn: slots, bytes and a finite distance to the full cache."""
-    got, other = ran(composed(placement, codec), SIZES), alone(placement, short=False)
-    base, mine = full(), got.logits.log_softmax(-1)
+    got, other = ran(placement, composed(placement, codec), SIZES), alone(placement, short=False)
+    base, mine = full(placement), got.logits.log_softmax(-1)
     kl = float((base.exp() * (base - mine)).sum(-1).mean())
     assert bool(torch.isfinite(got.logits).all()) and 0 <= kl < 20
     check_bytes(got.cache)
@@ -202,7 +219,7 @@ def test_nothing_is_lost_but_numbers(placement: str, codec: str) -> None:
 @pytest.mark.parametrize("change", [late, whole])
 @pytest.mark.parametrize(("placement", "codec"), cases())
 def test_without_loss_it_is_the_placement_alone(placement: str, codec: str, change: Any) -> None:
-    got, want = ran(main(composed(placement, codec), change), SHORT), alone(placement, short=True)
+    got, want = ran(placement, main(composed(placement, codec), change), SHORT), alone(placement, short=True)
     assert got.slots == want.slots
     assert float((got.logits - want.logits).abs().max()) < 3e-4
     if change is late:
@@ -218,7 +235,7 @@ def test_without_loss_it_is_the_placement_alone(placement: str, codec: str, chan
 def test_control_the_placements_give_up_something(placement: str) -> None:
     """At the settings used here they hold less than everything."""
     cache = alone(placement, short=True).cache
-    assert cache.report().used < 0.9 * ran("full", SHORT).cache.report().used
+    assert cache.report().used < 0.9 * ran(placement, "full", SHORT).cache.report().used
 
 
 @pytest.mark.parametrize(
@@ -228,7 +245,7 @@ def test_control_the_placements_give_up_something(placement: str) -> None:
 def test_refused_with_a_reason(placement: str, codec: str) -> None:
     """Before any work, and in a sentence that says what to use instead."""
     with pytest.raises(KvloomError) as caught:
-        KVCache(model(), composed(placement, codec))
+        KVCache(model(placement), composed(placement, codec))
     assert any(word in str(caught.value).lower() for word in ("use ", "compose ", "keep "))
 
 

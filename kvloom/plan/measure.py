@@ -180,7 +180,9 @@ def _attention(kind: Kind, dtype: torch.dtype, n: int) -> float:
         k, v = torch.randn(2, h, n, dim).to(dtype)
         group.segments["main"].append(Rows(k, v, 0))
         q, logits = torch.randn(h, g, 1, dim).to(dtype), Logits(dim**-0.5)
-        settle.fit(Step(site, "prompt", group, ("main",), q, torch.zeros(h, g, 1), n - 1, n, n, logits))
+        step = Step(site, "prompt", group, ("main",), q, torch.zeros(h, g, 1), n - 1, n, n, logits)
+        for kept in (False, True):
+            settle.fit(step, kept)
         group.segments["main"].settle()
         groups.append((group, q, logits))
     layers = cycle(groups)
