@@ -6,6 +6,8 @@ KvloomError (a ValueError)
 ├── CacheError     a cache used in a way that it cannot follow
 ├── LabError       a task, suite, data set or result file of the lab
 ├── ProfileError   a calibration file that is damaged or belongs to another model
+├── RequestError   a request that the engine cannot serve
+│   └── Full           too many of them at once: try again later
 └── StoreError     a store, its address or what is put into it
     ├── DamagedFrame   stored bytes that are not what was written
     └── TierError      a tier that is down, slow or full
@@ -17,11 +19,13 @@ from difflib import get_close_matches
 __all__ = [
     "CacheError",
     "DamagedFrame",
+    "Full",
     "KvloomError",
     "LabError",
     "ModelError",
     "ProfileError",
     "RecipeError",
+    "RequestError",
     "StoreError",
     "TierError",
     "unknown",
@@ -50,6 +54,14 @@ class LabError(KvloomError):
 
 class ProfileError(KvloomError):
     """A profile is damaged or belongs to another model."""
+
+
+class RequestError(KvloomError):
+    """A request that the engine cannot serve."""
+
+
+class Full(RequestError):
+    """Too many requests wait; the same one can be served later."""
 
 
 class StoreError(KvloomError):

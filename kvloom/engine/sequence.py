@@ -1,0 +1,149 @@
+"""A text across all layers of a model: what a recipe holds of it, and where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from kvloom.core import attach, stack
+from kvloom.core.attention import Visible
+from kvloom.core.blocks import rowwise
+from kvloom.core.group import Group
+from kvloom.core.kind import Kind
+from kvloom.core.layer import Layer
+from kvloom.core.recipe import Policy, Recipe
+from kvloom.core.registry import parse
+from kvloom.core.rope import Rope
+from kvloom.core.site import Site
+from kvloom.core.view import sites_of, text_config
+from kvloom.errors import ModelError, RecipeError
+from kvloom.policies.budgets import Tokens
+from kvloom.policies.placements import Keep
+
+__all__ = ["Outline", "Sequence"]
+
+
+class Outline:
+    """How sequences of one model under one recipe are stored. Layers with a sliding window keep what it shows, exactly.
+
+    `free`: every token is stored by itself and read as it was computed, so a prompt may be cut anywhere. `chains`: a longer
+    text only adds to what a shorter one holds.
+
+    Raises RecipeError or ModelError for what can't be served in packed steps.
+    """
+
+    def __init__(self, model: PreTrainedModel, recipe: Recipe | str) -> None:
+        found = parse(recipe) if isinstance(recipe, str) else recipe
+        self.config = text_config(model)
+        stock = list(DynamicCache(config=self.config).layers)
+        self.windows = {i: int(x.sliding_window) for i, x in enumerate(stock) if type(x) is DynamicSlidingWindowLayer}
+        kinds = getattr(self.config, "layer_types", None) or ()
+        odd = [i for i, x in enumerate(stock) if type(x) is not DynamicLayer and i not in self.windows]
+        if odd or "chunked_attention" in kinds:
+            what = "chunked attention" if not odd else type(stock[odd[0]]).__name__
+            raise ModelError(
+                f"{type(model).__name__} has layers of {what}, which packed steps can't serve. Use KVCache with generate."
+            )
+        attach.attach(model)
+        sites = _shaped(model, {i: s for i, s in sites_of(model).items() if i < len(stock)})
+        managed = [site for i, site in sites.items() if i not in self.windows]
+        managed = [replace(site, layers=len(managed)) for site in managed]
+        self.recipe = found.ready(model).bind(managed)
+        if self.recipe.again is not None:
+            raise RecipeError(
+                f"{self.recipe.name} reads every prompt a second time, which packed steps don't do. Use KVCache with generate, "
+                "or a recipe that needs one pass, such as snapkv."
+            )
+        if self.recipe.hidden:
+            attach.listen(model)
+        for site in sites.values():
+            if site.rope is not None and site.rope.varies and site.rope.kind != "longrope":
+                raise ModelError(
+                    f"rope_type={site.rope.kind!r} turns keys by the length of the longest text beside them, so answers would "
+                    "hang on what runs together. Use KVCache with generate, or another rope_type."
+                )
+        self.rope: Rope | None = managed[0].rope if any(k.turn for k in self.recipe.kinds.values()) else None
+        bound = {site.layer: (site, self.recipe) for site in managed}
+        self.layers = [bound.get(i) or (site, _windowed(self.windows[i]).bind([site])) for i, site in sites.items()]
+        self.mates = [self.recipe.mates(i) if i not in self.windows else () for i in sites]
+        self.free = rowwise(self.recipe) and not self.windows
+        self.chains = not self.recipe.policy and not self.windows
+
+    def visible(self, layer: int, start: int, m: int) -> Visible | None:
+        """What rows [start, start + m) of a text see in this layer, where it is more than causal."""
+        window = self.windows.get(layer)
+        if window is None or m == 1 or start + m <= window:  # before a single row the layer holds only what it sees
+            return None
+
+        def visible(index: Tensor, group: Group) -> Tensor:
+            behind = torch.arange(start, start + m)[None, None, :, None] - index[:, None, None, :]
+            return (behind >= 0) & (behind < window)
+
+        return visible
+
+
+def _windowed(window: int) -> Recipe:
+    size = max(1, window - 1)  # the next token sees itself too
+    policy = Policy(Tokens(size), Keep(scope="layer"))
+    return Recipe("window", {"prompt": policy, "decode": policy}, {"main": Kind()})
+
+
+@torch.no_grad()
+def _shaped(model: PreTrainedModel, sites: dict[int, Site]) -> dict[int, Site]:
+    """The sites with the shapes that the model really has, seen in a forward of two tokens."""
+    cache = DynamicCache(config=text_config(model))
+    was = text_config(model)._attn_implementation
+    model(torch.zeros(1, 2, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+    assert text_config(model)._attn_implementation == was
+    found = {}
+    for i, site in sites.items():
+        k, v = cache.layers[i].keys, cache.layers[i].values
+        found[i] = replace(site, kv_heads=k.shape[1], key_dim=k.shape[3], value_dim=v.shape[3], dtype=k.dtype)
+    return found
+
+
+class Sequence:
+    """One text. Forks share what is stored until one of them writes."""
+
+    def __init__(self, outline: Outline) -> None:
+        self.outline = outline
+        self.layers = [Layer(site, recipe) for site, recipe in outline.layers]
+        self._carry()
+
+    def _carry(self) -> None:
+        carry: dict[str, Any] = {}
+        for layer in self.layers:
+            layer.carry = carry
+
+    @property
+    def length(self) -> int:
+        """Tokens fed."""
+        return self.layers[0].length
+
+    @torch.no_grad()
+    def settled(self, layer: int) -> None:
+        """After a layer's forward: layers that settle together do so once the last of them has run, some also earlier."""
+        mates = self.outline.mates[layer]
+        if mates and (layer == mates[-1] or self.outline.recipe.early):
+            stack.settle([self.layers[i] for i in mates[: mates.index(layer) + 1]], len(mates))
+
+    def fork(self) -> Sequence:
+        """Another sequence of the same text."""
+        twin = Sequence.__new__(Sequence)
+        twin.outline = self.outline
+        twin.layers = [layer.fork() for layer in self.layers]
+        twin._carry()
+        return twin
+
+    def storages(self) -> Iterator[tuple[int, int, str]]:
+        """(address, bytes, class) of every storage held, some more than once."""
+        for layer in self.layers:
+            for kind, _, _, x, _ in layer.tensors():
+                storage = x.untyped_storage()
+                yield storage.data_ptr(), storage.nbytes(), kind
