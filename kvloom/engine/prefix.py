@@ -6,7 +6,8 @@ of what is held at the next, so only the last border of a prompt is kept, and th
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence as List
+from collections.abc import Hashable, Iterator
+from collections.abc import Sequence as List
 from itertools import count
 
 from kvloom.engine.pool import Pool
@@ -61,11 +62,11 @@ class Prefix:
         for border, node in self._walk(space, tokens):
             if node.sequence is not None:
                 best = border, node
-        length, node = best
-        if node is None or node.sequence is None:
+        length, kept = best
+        if kept is None or kept.sequence is None:
             return 0, None
-        node.used = next(self._clock)
-        return length, node.sequence.fork()
+        kept.used = next(self._clock)
+        return length, kept.sequence.fork()
 
     def borders(self, space: Hashable, tokens: List[int], chains: bool) -> frozenset[int]:
         """The borders of a prompt at which it should be kept."""
@@ -77,10 +78,8 @@ class Prefix:
 
     def keep(self, space: Hashable, tokens: List[int], sequence: Sequence) -> None:
         """Keeps a fork of a sequence that has just been fed exactly these tokens, a whole number of parts."""
-        node = None
-        for _, node in self._walk(space, [*tokens, -1], make=True):
-            pass
-        if node is not None and node.sequence is None:
+        *_, (_, node) = self._walk(space, [*tokens, -1], make=True)
+        if node.sequence is None:
             node.sequence, node.used = sequence.fork(), next(self._clock)
             self._kept[node] = None
             self.pool.hold(node, node.sequence.storages())

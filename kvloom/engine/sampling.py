@@ -93,7 +93,7 @@ def _drawn(logits: Tensor, samplers: list[Sampler]) -> Tensor:
     """Tokens [R], each at one number that its sampler drew: the smallest whose share of the best ones reaches it."""
     settings = [sampler.sampling for sampler in samplers]
     heat = torch.tensor([s.temperature for s in settings])[:, None]
-    p, order = (logits / heat).softmax(-1).sort(-1, descending=True, stable=True)
+    p, order = (logits / heat).softmax(-1).sort(stable=True, dim=-1, descending=True)
     below = p.cumsum(-1) - p  # the share of those that are better
     keep = below < torch.tensor([s.top_p for s in settings])[:, None]
     ranks = torch.arange(p.shape[1])

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from kvloom.core import attach, stack
 from kvloom.core.attention import Visible
 from kvloom.core.blocks import rowwise
+from kvloom.core.forecast import forecast
 from kvloom.core.group import Group
 from kvloom.core.kind import Kind
 from kvloom.core.layer import Layer
@@ -33,12 +34,12 @@ class Outline:
     """How sequences of one model under one recipe are stored. Layers with a sliding window keep what it shows, exactly.
 
     `free`: every token is stored by itself and read as it was computed, so a prompt may be cut anywhere. `chains`: a longer
-    text only adds to what a shorter one holds.
+    text only adds to what a shorter one holds. `context`: the longest text; `part`: the most tokens that are fed at once.
 
     Raises RecipeError or ModelError for what can't be served in packed steps.
     """
 
-    def __init__(self, model: PreTrainedModel, recipe: Recipe | str) -> None:
+    def __init__(self, model: PreTrainedModel, recipe: Recipe | str, context: int, part: int) -> None:
         found = parse(recipe) if isinstance(recipe, str) else recipe
         self.config = text_config(model)
         stock = list(DynamicCache(config=self.config).layers)
@@ -63,10 +64,10 @@ class Outline:
         if self.recipe.hidden:
             attach.listen(model)
         for site in sites.values():
-            if site.rope is not None and site.rope.varies and site.rope.kind != "longrope":
+            if site.rope is not None and site.rope.varies and context > _steady(self.config, site.rope):
                 raise ModelError(
                     f"rope_type={site.rope.kind!r} turns keys by the length of the longest text beside them, so answers would "
-                    "hang on what runs together. Use KVCache with generate, or another rope_type."
+                    f"hang on what runs together. Use a context of at most {_steady(self.config, site.rope)} tokens, or KVCache with generate."
                 )
         self.rope: Rope | None = managed[0].rope if any(k.turn for k in self.recipe.kinds.values()) else None
         bound = {site.layer: (site, self.recipe) for site in managed}
@@ -74,6 +75,26 @@ class Outline:
         self.mates = [self.recipe.mates(i) if i not in self.windows else () for i in sites]
         self.free = rowwise(self.recipe) and not self.windows
         self.chains = not self.recipe.policy and not self.windows
+        self.part, self._known = part, dict[int, int]()
+        self._row = sum(s.kv_heads * (s.key_dim + s.value_dim) * s.itemsize for s in sites.values())
+
+    def nbytes(self, tokens: int) -> int:
+        """Bytes, empty room included, that a sequence of so many tokens holds at most, as far as can be told before."""
+        step = 64 if tokens <= 1024 else 256 if tokens <= 8192 else 1024
+        n = -(-tokens // step) * step
+        if n not in self._known and n:
+            own = [site for site, recipe in self.layers if recipe is self.recipe]
+            held = [*forecast(self.recipe, own, n)]
+            for site, recipe in self.layers:
+                if recipe is not self.recipe:
+                    held += forecast(recipe, [site], n)
+            self._known[n] = sum(x.nbytes for x in held)
+        return self._known[n] if n else 0
+
+    def more(self, start: int, stop: int) -> int:
+        """Bytes that a sequence of `start` tokens may need to grow to `stop`, with what it drops at the end of each part."""
+        passing = 0 if self.chains else min(self.part, stop - start) * self._row
+        return max(0, self.nbytes(stop) - self.nbytes(start)) + passing
 
     def visible(self, layer: int, start: int, m: int) -> Visible | None:
         """What rows [start, start + m) of a text see in this layer, where it is more than causal."""
@@ -86,6 +107,14 @@ class Outline:
             return (behind >= 0) & (behind < window)
 
         return visible
+
+
+def _steady(config: Any, rope: Rope) -> int:
+    """The longest text at which frequencies stay what they are."""
+    known = getattr(config, "original_max_position_embeddings", None) or (config.rope_parameters or {}).get(
+        "original_max_position_embeddings"
+    )
+    return int(known or config.max_position_embeddings)
 
 
 def _windowed(window: int) -> Recipe:

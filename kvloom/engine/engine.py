@@ -1,0 +1,272 @@
+"""The engine: a loop that plans a step, runs it, and hands out what came of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kvloom.core.view import text_config
+from kvloom.engine.live import Live
+from kvloom.engine.packed import Packed, Part
+from kvloom.engine.pool import Pool
+from kvloom.engine.prefix import Prefix
+from kvloom.engine.request import Finish, Output, Request
+from kvloom.engine.sampling import choose
+from kvloom.engine.scheduler import Plan, Sarathi, Scheduler
+from kvloom.engine.sequence import Outline, Sequence
+from kvloom.errors import Full, KvloomError, RequestError
+
+__all__ = ["Engine"]
+
+log = logging.getLogger("kvloom.engine")
+QUANTUM = 64  # decoded tokens for which memory is promised at once
+
+
+class Engine:
+    """Answers many requests at once, each over its own cache under a recipe.
+
+    Args:
+        model: a decoder of transformers. It is set to kvloom's attention (undo with `kvloom.detach`).
+        recipe: how caches are held, unless a request asks for another one.
+        memory: bytes for all caches together, kept beginnings of prompts included.
+        context: longest text, prompt and answer; None: what the model was made for.
+        part: prompts are cut at multiples of so many tokens, and kept there.
+        scheduler: who goes next; None: `Sarathi`.
+        allowed: recipes that requests may ask for.
+        keep: whether beginnings of prompts are kept for those that begin alike.
+        queue: requests that may wait.
+
+    Not for several threads: one thread calls it. Raises ModelError and RecipeError for what packed steps can't serve, RequestError
+    for a memory too small for one part of a prompt.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recipe: str = "full",
+        *,
+        memory: int = 1 << 30,
+        context: int | None = None,
+        part: int = 256,
+        scheduler: Scheduler | None = None,
+        allowed: Collection[str] = (),
+        keep: bool = True,
+        queue: int = 4096,
+    ) -> None:
+        config = text_config(model)
+        self.model, self.recipe, self.part = model, recipe, part
+        longest = getattr(config, "max_position_embeddings", None) or 1 << 20
+        self.context = longest if context is None else min(context, longest)
+        self.vocabulary = int(config.vocab_size)
+        self._outlines: dict[str, Outline] = {}
+        for name in (recipe, *allowed):
+            self._outlines[name] = Outline(model, name, self.context, part)
+        self.packed = Packed(model)
+        self.pool = Pool(memory)
+        self.prefix = Prefix(part, self.pool) if keep else None
+        self.scheduler = scheduler or Sarathi()
+        self.queue = queue
+        self.live: dict[str, Live] = {}
+        self._ready: list[Output] = []
+        self._counts = dict.fromkeys(
+            ("preempted", "prefix_queries", "prefix_hits", "prompt_tokens", "generated_tokens", "steps", "failed"), 0
+        )
+
+    def outline(self, recipe: str) -> Outline:
+        """How a recipe's sequences are stored. Raises RequestError for one that requests may not ask for."""
+        found = self._outlines.get(recipe or self.recipe)
+        if found is None:
+            raise RequestError(
+                f"cache={recipe!r} is not served here. Available: {', '.join(map(repr, self._outlines))}."
+            )
+        return found
+
+    def check(self, request: Request) -> int:
+        """Raises RequestError for what can't be served. Returns how many tokens the answer may have."""
+        n, asked = len(request.tokens), request.sampling.max_tokens
+        if not n:
+            raise RequestError("the prompt is empty; give at least one token.")
+        wrong = next((x for x in request.tokens if not 0 <= x < self.vocabulary), None)
+        if wrong is not None:
+            raise RequestError(f"token {wrong} is none of this model's: 0 to {self.vocabulary - 1}.")
+        outline = self.outline(request.recipe)
+        if request.id in self.live:
+            raise RequestError(f"id={request.id!r} is that of a request that runs already. Give another one.")
+        if n + (asked or 1) > self.context:
+            wanted = f"{n} tokens of prompt" + (f" and {asked} of answer" if asked else "")
+            raise RequestError(f"{wanted} are more than this model's context of {self.context}. Send less.")
+        limit = self.context - n if asked is None else asked
+        needs = outline.more(0, n + (asked or 1))
+        if needs > self.pool.limit:
+            raise RequestError(
+                f"{n} tokens of prompt need {needs:,} bytes of KV memory, more than all there is ({self.pool.limit:,}). "
+                "Send less, or serve with more memory or a recipe that keeps less."
+            )
+        while asked is None and limit > 1 and outline.more(0, n + limit) > self.pool.limit:
+            limit //= 2
+        return limit
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises RequestError for what can't be served, Full if too many wait."""
+        limit = self.check(request)
+        if sum(r.waiting for r in self.live.values()) >= self.queue:
+            raise Full(f"{self.queue} requests wait already. Try again later.")
+        self.live[request.id] = Live(request, self.outline(request.recipe), limit, self.part)
+
+    def abort(self, id: str) -> None:
+        """Ends a request, if it runs still, and frees its memory."""
+        r = self.live.get(id)
+        if r is not None:
+            self._ready.append(self._end(r, "abort"))
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to do."""
+        return bool(self.live or self._ready)
+
+    def step(self) -> list[Output]:
+        """Plans and runs one step. A step that fails ends the requests in it, with the reason, and no others."""
+        found, self._ready = self._ready, []
+        plan = self.plan()
+        if not plan.granted:
+            return found
+        self._counts["steps"] += 1
+        try:
+            return found + self._run(plan)
+        except Exception as error:  # whatever it is: the others go on
+            log.exception("a step of %d requests failed", len(plan.granted))
+            self._counts["failed"] += len(plan.granted)
+            why = str(error) if isinstance(error, KvloomError) else f"{type(error).__name__}: {error}"
+            return found + [self._end(r, "error", error=why) for r in plan.granted if r.request.id in self.live]
+
+    def plan(self) -> Plan:
+        """Who goes in the next step. Requests begin here, and give up their sequences for others."""
+        plan = Plan(running=sum(not r.waiting for r in self.live.values()))
+        full = False
+        for r in sorted(self.live.values(), key=self.scheduler.key):
+            if r.request.id not in self.live or r in plan.out or (r.waiting and full):
+                continue
+            rows = self.scheduler.want(r, plan)
+            if rows > 0 and r.waiting and not self._begin(r, plan):
+                full = True  # nobody who waits behind it may overtake it
+            elif rows > 0 and self._room(r, rows, plan):
+                plan.grant(r, min(rows, self.scheduler.want(r, plan)))
+        if (
+            not (plan.granted or plan.running or self._ready) and self.live
+        ):  # with all memory free, who is first does not fit
+            r = min(self.live.values(), key=self.scheduler.key)
+            self._ready.append(self._end(r, "error", f"out of KV memory: {r.needs:,} of {self.pool.limit:,} bytes."))
+        return plan
+
+    def _begin(self, r: Live, plan: Plan) -> bool:
+        """Gives a request a sequence, which holds what is kept of its prompt, if there is memory for all that it will be fed."""
+        tokens = r.tokens[: r.prompt]
+        length, sequence = self.prefix.find(r.space, tokens) if self.prefix is not None else (0, None)
+        r.needs = r.outline.more(length if r.outline.chains else 0, len(r.tokens))
+        while plan.out or not self.scheduler.admit(r, plan, self.pool.free):
+            if plan.out or r.needs <= self.pool.free or self.prefix is None or not self.prefix.evict():
+                return False
+        r.sequence = Sequence(r.outline) if sequence is None else sequence
+        r.covered = len(r.tokens)
+        if self.prefix is not None:
+            r.marks = self.prefix.borders(r.space, tokens, r.outline.chains)
+        self.pool.hold(r, r.sequence.storages(), r.needs)
+        plan.running += 1
+        if r.cached is None:
+            r.cached = length
+            self._counts["prefix_queries"] += r.prompt
+            self._counts["prefix_hits"] += length
+        return True
+
+    def _room(self, r: Live, rows: int, plan: Plan) -> bool:
+        """Makes sure that memory for these rows is promised; others, or `r` itself, give up theirs if need be."""
+        assert r.sequence is not None
+        if r.length + rows <= r.covered:
+            return True
+        upto = min(r.length + QUANTUM, r.prompt + r.limit)
+        needs = r.outline.more(r.length, upto)
+        self.pool.hold(r, r.sequence.storages())
+        while self.pool.free < needs:
+            if self.prefix is not None and self.prefix.evict():
+                continue
+            others = [x for x in self.live.values() if not x.waiting and x not in plan.granted]
+            victim = self.scheduler.victim(r, plan, others)
+            if victim is r and len(others) == 1 and not plan.granted:
+                why = f"out of KV memory at {r.length} tokens, with {self.pool.limit:,} bytes for all caches."
+                self._ready.append(self._end(r, "error", error=why))
+                return False
+            self._preempt(victim)
+            plan.out.add(victim)
+            plan.running -= 1
+            if victim is r:
+                return False
+        self.pool.promise(r, needs)
+        r.covered = upto
+        return True
+
+    def _preempt(self, r: Live) -> None:
+        r.sequence, r.covered = None, 0
+        r.preempted += 1
+        self.pool.drop(r)
+        self._counts["preempted"] += 1
+
+    def _run(self, plan: Plan) -> list[Output]:
+        parts, ends = [], []
+        for r, rows in plan.granted.items():
+            assert r.sequence is not None
+            n = r.length
+            ends.append(n + rows == len(r.tokens))
+            parts.append(Part(r.sequence, r.tokens[n : n + rows], ends[-1]))
+        logits = self.packed.run(parts)
+        for r in plan.granted:
+            self._keep(r)
+        last = [r for r, end in zip(plan.granted, ends, strict=True) if end]
+        tokens, told = choose(logits, [r.sampler for r in last]) if last else ([], [])
+        out = []
+        for r, token, line in zip(last, tokens, told, strict=True):
+            if not r.answered:
+                self._counts["prompt_tokens"] += r.prompt
+            self._counts["generated_tokens"] += 1
+            r.tokens.append(token)
+            logprob, top = line or (None, ())
+            finish = self._finish(r, token)
+            if finish is not None:
+                self._end(r, finish)
+            out.append(Output(r.request.id, token, logprob, top, finish, r.cached or 0))
+        return out
+
+    def _finish(self, r: Live, token: int) -> Finish | None:
+        s = r.request.sampling
+        if (token in s.stop and r.answered > s.min_tokens) or r.sampler.done:
+            return "stop"
+        return "length" if r.answered >= r.limit else None
+
+    def _keep(self, r: Live) -> None:
+        """Keeps what was fed, at borders, and reports what a prompt takes so far."""
+        assert r.sequence is not None
+        n = r.length
+        if n % self.part and n != r.prompt:
+            return
+        answer = n > r.prompt and r.outline.free
+        if self.prefix is not None and n % self.part == 0 and (n in r.marks or answer):
+            self.prefix.keep(r.space, r.tokens[:n], r.sequence)
+        if n <= r.prompt:
+            self.pool.hold(r, r.sequence.storages(), r.outline.more(n, r.covered))
+
+    def _end(self, r: Live, finish: Finish, error: str = "") -> Output:
+        del self.live[r.request.id]
+        if not r.waiting:
+            self.pool.drop(r)
+            r.sequence = None
+        return Output(r.request.id, finish=finish, cached=r.cached or 0, error=error)
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers of now, and totals since the start."""
+        waiting = sum(r.waiting for r in self.live.values())
+        return {
+            "running": len(self.live) - waiting, "waiting": waiting, "kv_bytes": self.pool.used, "kv_limit": self.pool.limit,
+            "kept": len(self.prefix) if self.prefix is not None else 0, "bytes_by_kind": self.pool.kinds(), **self._counts,
+        }  # fmt: skip
