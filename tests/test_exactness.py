@@ -40,6 +40,7 @@ LOSSLESS: dict[str, str] = {
     "task-kv": "task-kv(budget=1000000)",
     "scissorhands": "scissorhands(budget=1000000)",
     "keyformer": "keyformer(budget=1000000)",
+    "gui-kv": "gui-kv(budget=1000000)",
     "expected-attention": "expected-attention(budget=1000000)",
     "kivi": "kivi(group=8, residual=2048)",
     "snapkv-kivi": "snapkv(budget=1000000) | kivi(group=8, residual=2048)",

@@ -55,7 +55,7 @@ class KVLayer(CacheLayerMixin):
         self.seen = 0
         self.recording = False
         self.waiting: Update | None = None
-        self.heard: Tensor | None = None  # the input that the next update belongs to, where it is stored
+        self.heard: Tensor | None = None  # the input that the next update belongs to, where the recipe asks
 
     def __repr__(self) -> str:
         return f"KVLayer({self.cache.recipe.name!r}, tokens={self.seen})"

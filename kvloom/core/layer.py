@@ -57,7 +57,7 @@ def together(forwards: list[Steps]) -> list[Tensor]:
 
 @dataclass
 class _Pending:
-    """The last m rows: stored but not yet settled. q [H, g, m, D], lse [H, g, m], or as many of the newest as are needed."""
+    """The last m rows: stored but not yet settled. q [H, g, m, D], lse [H, g, m], hidden [m, hidden], or what of it is needed."""
 
     q: Tensor
     lse: Tensor
@@ -66,12 +66,14 @@ class _Pending:
     logits: Logits
     seen: list[dict[str, Tensor]] | None
     m: int
+    hidden: Tensor | None = None
 
     def cut(self, rows: int) -> None:
         """Forgets the newest rows."""
         self.m = max(0, self.m - rows)
         self.q = self.q[:, :, : max(0, self.q.shape[2] - rows)]
         self.lse = self.lse[:, :, : max(0, self.lse.shape[2] - rows)]
+        self.hidden = None if self.hidden is None else self.hidden[: self.m]
 
 
 class Layer:
@@ -120,7 +122,7 @@ class Layer:
 
         q [Hq, m, D], k [H, m, D], v [H, m, Dv], post-RoPE. `visible`: the mask where it is more than causal, asked with
         the text index of slots. `sinks` [Hq]: logits that take part in the softmax without a value.
-        `hidden` [1, m, hidden]: the layer's input, where it is what is stored. Returns [Hq, m, Dv].
+        `hidden` [1, m, hidden]: the layer's input, where it is stored or a scorer reads it. Returns [Hq, m, Dv].
         For `together`, which computes the jobs that it yields.
         """
         self.resolve()
@@ -152,7 +154,8 @@ class Layer:
             rows, held = _folded(q.detach(), k), _folded(lse.detach(), k)  # what is kept holds no graph
             rows = rows if (queries < 0 and not emit) or self._fits or self.probing else rows[:, :, m - newest :]
             held = held if queries < 0 else held[:, :, :0]
-            self._pending = _Pending(rows, held, first, phase, logits, seen if emit else None, m)
+            inputs = hidden[0] if hidden is not None and policy and getattr(policy.score, "hidden", False) else None
+            self._pending = _Pending(rows, held, first, phase, logits, seen if emit else None, m, inputs)
             if not (self.defer or self.probing):
                 self.resolve()
         return out.to(q.dtype)
@@ -275,7 +278,7 @@ class Layer:
             self.step(
                 self.site, rows.phase, group, self.recipe.classes, group.pick(rows.q), group.pick(rows.lse), rows.first,
                 self.length, self.prompt, rows.logits, None if recent is None else group.pick(recent),
-                rows.seen[i] if rows.seen else None, carry=self.carry, tokens=self.tokens,
+                rows.seen[i] if rows.seen else None, carry=self.carry, tokens=self.tokens, hidden=rows.hidden,
             )
             for i, group in enumerate(self.groups)
         ]  # fmt: skip
@@ -391,5 +394,5 @@ class Layer:
         if self.unread is not None:
             yield "", "state", "text", self.unread.data, self.unread.used
         if self._pending is not None:
-            for x in (self._pending.q, self._pending.lse):
-                yield "", "state", "pending", x, x.nbytes
+            held = (self._pending.q, self._pending.lse, self._pending.hidden)
+            yield from (("", "state", "pending", x, x.nbytes) for x in held if x is not None)

@@ -48,8 +48,8 @@ DROP = -1
 class Scorer(Protocol):
     """Importance of every slot of a table: [h, n] fp32, larger is kept longer.
 
-    `queries`: how many of the newest queries it looks at (0: none, -1: all of this forward). One that looks at all of this
-    forward and at some of those before says how many with `recent`.
+    `queries`: how many of the newest queries it looks at (0: none, -1: all of this forward). One that looks at all of this forward
+    and at some of those before says how many with `recent`; one that reads `step.hidden`, the layer's inputs, has a true `hidden`.
     """
 
     @property
@@ -185,11 +185,10 @@ class Recipe:
     """A named composition. New tokens enter the class "main"; `policy` moves or drops slots, `kinds` says how each is stored.
     Policies are by phase: "prompt", "decode", and "probe" for what `KVCache.probe` asks.
 
-    `check(site)` raises where a layer can't be served. `prepare(model)` gives the recipe what it needs of a model, such as
-    a profile. `sketch(config)` stands in for it where there is no model but its configuration, as in `kvloom plan`:
-    a guess at what the recipe would hold, on the safe side. `grouping(sites)` says which layers settle together, and raises
-    where that can't be; after `bind` they are the `groups`. Budgets that layers share put all of them into one. `calibrate(model, ids, path, tell)` makes a profile from a text
-    ids [T] and writes it, telling its progress. `again`: for recipes that want the text read a second time.
+    `check(site)` raises where a layer can't be served. `prepare(model)` gives the recipe what it needs of a model, such as a profile;
+    `sketch(config)` guesses on the safe side where there is only a configuration, as in `kvloom plan`. `grouping(sites)` says which
+    layers settle together, or raises; after `bind` they are the `groups`. Budgets that layers share put all of them into one.
+    `calibrate(model, ids, path, tell)` makes a profile from a text ids [T] and writes it. `again` reads the text a second time.
     """
 
     name: str
@@ -211,8 +210,9 @@ class Recipe:
 
     @property
     def hidden(self) -> bool:
-        """Whether a class stores the layers' inputs, so that they have to be listened to."""
-        return any(kind.hidden for kind in self.kinds.values())
+        """Whether a class stores the layers' inputs, or a scorer reads them, so that they have to be listened to."""
+        parts = (*self.kinds.values(), *(policy.score for policy in self.policy.values()))
+        return any(getattr(part, "hidden", False) for part in parts)
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ class Step:
     `budget`: slots that each head may keep, by the policy's budget; `carry`: what an earlier layer of the sequence left for
     this one, in the same forward;
     `mates`: where layers settle together, the steps of all of them, this one among them; such steps bring no queries;
-    `tokens`: what `KVCache.tokens` was told, by name, [T] each.
+    `tokens`: what `KVCache.tokens` was told, by name, [T] each; `hidden` [m, hidden]: the layer's input, for a scorer that asks.
     """
 
     site: Site
@@ -52,6 +52,7 @@ class Step:
     carry: dict[str, Any] = field(default_factory=dict)
     mates: Sequence[Step] = ()
     tokens: dict[str, Tensor] | None = None
+    hidden: Tensor | None = None
 
     def told(self, name: str, index: Tensor) -> Tensor | None:
         """What `KVCache.tokens` was told of the tokens at these places in the text; zeros behind what it was told. None: nothing."""
@@ -76,7 +77,7 @@ class Step:
         return type(self)(
             self.site, self.phase, group, self.classes, self.q[at], self.lse[at], self.first, self.length,
             self.prompt, self.logits, recent, seen, self.budget, self.carry,
-            tokens=self.tokens,
+            tokens=self.tokens, hidden=self.hidden,
         )  # fmt: skip
 
     def mass(self, table: Table) -> Tensor:

@@ -38,7 +38,7 @@ def watched(by: Watcher) -> Iterator[None]:
 
 
 class Update:
-    """New rows k [B, H, m, D], v [B, H, m, Dv], and where it is stored their layer's input [B, m, hidden]. Attended once with their own queries, then stored."""
+    """New rows k [B, H, m, D], v [B, H, m, Dv], and where a recipe asks their layer's input [B, m, hidden]. Attended once with their own queries, then stored."""
 
     def __init__(self, layer: KVLayer, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> None:
         self.layer, self.hidden = layer, hidden
