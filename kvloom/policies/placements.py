@@ -105,14 +105,15 @@ class Keep:
 class ByMass:
     """Every slot leaves for one of two classes, (better, worse): as many for the better one as it takes to hold the share `mass`
     of all attention, if they are taken by what they receive, and those of the highest mean, over all heads of a layer
-    (ZipVL, arXiv 2410.08584). `score` is the policy's own. The newest `window` slots are among them in any case.
+    (ZipVL, arXiv 2410.08584). `score` is the policy's own. The newest `window` slots are among them in any case. Without a worse
+    class (None) the others are dropped.
 
     Both take multiples of `unit` slots, the better one rounded up; the newest that are left over stay.
     """
 
     mass: float
     score: Probes
-    to: tuple[str, str]
+    to: tuple[str, str | None]
     unit: int
     window: int = 0
     scope: Scope = "layer"
@@ -120,7 +121,7 @@ class ByMass:
 
     @property
     def moves(self) -> tuple[str, ...]:
-        return self.to
+        return tuple(name for name in self.to if name is not None)
 
     def count(self, received: Tensor) -> int:
         """How many of the largest numbers of [n] hold the share of their sum."""
@@ -139,7 +140,7 @@ class ByMass:
         score = scores.sum(0).masked_fill(index >= step.length - self.window, torch.inf)
         newest = index.argsort()[few + many :]
         best = score.scatter(0, newest, -torch.inf).topk(many).indices
-        better, worse = (step.classes.index(name) for name in self.to)
+        better, worse = (DROP if name is None else step.classes.index(name) for name in self.to)
         route = torch.full_like(score, worse, dtype=torch.long)
         route[best] = better
         route[newest] = step.classes.index(table.parts[0][0])
