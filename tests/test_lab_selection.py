@@ -32,13 +32,13 @@ def test_recipes_at_a_budget() -> None:
     found, refused = selection.recipes_at("nano", (0.2, 0.05))
     names = {recipe.partition("(")[0] for recipe in found}
     assert {"h2o", "snapkv", "streamingllm", "tova", "adakv", "kvmerger", "chelsea", "ems"} <= names
-    assert not {"kivi", "full", "mikv"} & names and len(found) + len(refused) == 2 * len({*names, *_names(refused)})
+    assert not {"kivi", "full", "mikv"} & names and len(found) == len(set(found))
+    every = "gui-kv epicache kvzip mpcache d2o cake compresskv uncomp prefixkv razorattention task-kv windowkv kvcrush keyformer scissorhands"
+    assert set(every.split()) <= names and "look-m(text_first=False, budget=0.05)" in found
+    free = {"duoattention", "attention-gate", "zipvl(bits=None, low_bits=None)"}
+    assert free == {recipe for recipe in found if "budget" not in recipe} and set(found[-3:]) == free and not refused
     found, refused = selection.recipes_at("nano", (0.2,), ["snapkv(window=16)"])
     assert found == ["snapkv(window=16, budget=0.2)"] and not refused
-
-
-def _names(refused: dict[str, str]) -> set[str]:
-    return {recipe.partition("(")[0] for recipe in refused}
 
 
 def test_the_table_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -47,15 +47,21 @@ def test_the_table_goes_on_where_it_was(tmp_path: Path) -> None:
         with Results(tmp_path) as results:
             selection.go("nano", RECIPES, count, 512, 1, results, told.append)
     assert len(told) == 9  # three recipes, three runs each, once
+    more = [*RECIPES, "zipvl(bits=None, low_bits=None, mass=0.8)"]
+    with Results(tmp_path) as results:
+        selection.go("nano", more, 1, 512, 1, results, told.append)
+    assert len(told) == 12 and all("zipvl" in each for each in told[9:])  # only what is new
     records = load([tmp_path])
-    full, snap, streaming = selection.lines(records)
+    full, snap, streaming, _ = selection.lines(records)
     assert full.recipe == "full" and full.kl == 0.0 and snap.kl is not None and snap.kl > 0
     assert full.mib is not None and streaming.mib is not None and 1.8 < full.mib / streaming.mib < 2.2
     assert all(
         x is not None for line in (full, snap, streaming) for x in (line.early, *line.late, line.second, line.kl)
     )
     page = selection.markdown(records, (0.5,), "a command", {"other(budget=0.5)": "for a reason"})
-    assert "## 50 % of the tokens" in page and "`snapkv`" in page and "for a reason" in page and "a command" in page
+    assert "## 50 % of the tokens" in page and "`snapkv(window=16)`" in page and "## As many as they like" in page
+    assert page.count("| `zipvl(bits=None, low_bits=None, mass=0.8)` |") == 1 and page.count("| `full` |") == 2
+    assert "`streamingllm`" in page and "for a reason" in page and "a command" in page
 
 
 def test_a_wrong_recipe_is_named() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from kvloom import KVCache, parse
+from kvloom.core.card import Card
 from kvloom.core.registry import recipes
 from kvloom.core.view import text_config
 from kvloom.errors import KvloomError, RecipeError
@@ -18,9 +19,13 @@ from kvloom.lab.suites import Suite
 from kvloom.lab.workers import Order
 from kvloom.lab.workers import go as share_out
 
-__all__ = ["KINDS", "RATIOS", "Line", "go", "lines", "markdown", "recipes_at", "table"]
+__all__ = ["FORMS", "KINDS", "RATIOS", "Line", "go", "lines", "markdown", "recipes_at", "table"]
 
 RATIOS = (0.2, 0.05)
+FORMS = {
+    "look-m": "look-m(text_first=False)",
+    "zipvl": "zipvl(bits=None, low_bits=None)",
+}  # recipes that would drop no text
 KINDS = ("needle", "multi-key", "multi-value")  # in the order of the task `selection`
 HEAD = """\
 # Choosing and merging tokens
@@ -40,6 +45,8 @@ One prompt holds three kinds of planted facts: a **needle** that stands alone, e
 - **second**: another kind is asked behind the first question and its right answer, then the third, in the cache that the first one left.
 - **KL**, **top-1**: nats per token from the full cache's predictions over 64 tokens behind {length:,} tokens of plain text, and how often the
   likeliest token is the same. **MiB**: what the cache holds after the prompt.
+
+Recipes without a budget, whose text, heads or gates decide how much stays, stand in a table of their own, at their usual options.
 
 Intervals are wide: with {examples} answers, 50 % is known to about 20 points. The full cache's own row is the most that can be reached.
 
@@ -64,23 +71,41 @@ class Line:
 def recipes_at(
     model: str, ratios: Sequence[float], names: Sequence[str] | None = None
 ) -> tuple[list[str], dict[str, str]]:
-    """Every recipe that keeps fewer tokens, oldest first, at these budgets; and why some can't run on this model."""
+    """Every recipe that keeps fewer tokens, oldest first, at these budgets, then, once, those that have none; and why some can't run
+    on this model.
+    """
     network, _ = load_model(model)
+    cards = recipes()
     if names is None:
-        by_age = sorted(recipes().items(), key=lambda item: (item[1].year, item[1].arxiv))
-        names = [
-            name for name, card in by_age if _chooses(name, network) and "budget" in {o.name for o in card.options}
-        ]
+        by_age = sorted(cards, key=lambda name: (cards[name].year, cards[name].arxiv))
+        names = [form for form in (FORMS.get(name, name) for name in by_age) if _chooses(form, network)]
+    free = [name for name in names if _plain(name) in cards and not _budgeted(cards[_plain(name)])]
+    wanted = [_at(name, ratio) for ratio in ratios for name in names if name not in free] + free
     found, refused = [], {}
-    for ratio in ratios:
-        for name in names:
-            recipe = f"{name[:-1]}, budget={ratio})" if name.endswith(")") else f"{name}(budget={ratio})"
-            try:
-                KVCache(network, recipe)
-                found.append(recipe)
-            except KvloomError as error:
-                refused[recipe] = str(error)
+    for recipe in wanted:
+        try:
+            KVCache(network, recipe)
+            found.append(recipe)
+        except KvloomError as error:
+            refused[recipe] = str(error)
     return found, refused
+
+
+def _budgeted(card: Card) -> bool:
+    return "budget" in {option.name for option in card.options}
+
+
+def _plain(recipe: str) -> str:
+    return recipe.partition("(")[0].replace("_", "-")
+
+
+def _at(recipe: str, ratio: float) -> str:
+    return f"{recipe[:-1]}, budget={ratio})" if recipe.endswith(")") else f"{recipe}(budget={ratio})"
+
+
+def _without(recipe: str, ratio: float) -> str:
+    """The inverse."""
+    return recipe.replace(f"(budget={ratio})", "").replace(f", budget={ratio})", ")")
 
 
 def _chooses(name: str, model: object) -> bool:
@@ -176,12 +201,18 @@ def markdown(records: Sequence[Record], ratios: Sequence[float], command: str, r
     page = HEAD.format(
         command=command, examples=max((x.prompts for x in found), default=0), length=max(lengths, default=0)
     )
-    for ratio in ratios:
-        mine = [line for line in found if line.recipe.endswith(f"budget={ratio})")]
+    parts = [
+        (f"{100 * ratio:.3g} % of the tokens", {line.recipe: _without(line.recipe, ratio) for line in found})
+        for ratio in ratios
+    ]
+    parts = [(title, {recipe: short for recipe, short in names.items() if short != recipe}) for title, names in parts]
+    free = {line.recipe: line.recipe for line in found if "budget=" not in line.recipe and line not in full}
+    for title, names in [*parts, *([("As many as they like", free)] if free else [])]:
+        mine = [replace(line, recipe=names[line.recipe]) for line in found if line.recipe in names]
         mine.sort(key=lambda line: float("inf") if line.kl is None else line.kl)
-        heads, *rows = table([replace(line, recipe=line.recipe.partition("(")[0]) for line in [*full, *mine]])
+        heads, *rows = table([*full, *mine])
         marks = ["---", *["---:"] * (len(heads) - 1)]
-        page += f"## {100 * ratio:.3g} % of the tokens\n\n"
+        page += f"## {title}\n\n"
         page += (
             "\n".join(f"| {' | '.join(x.replace('|', chr(92) + '|') for x in row)} |" for row in (heads, marks, *rows))
             + "\n\n"
