@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from kvloom.core.attention import Logits
 from kvloom.core.codec import Codec, Exact
-from kvloom.core.layer import Layer, Steps, together
+from kvloom.core.layer import Layer, Steps
 from kvloom.core.registry import parse
 from kvloom.core.site import Site
+from kvloom.core.together import together
 from kvloom.kernels import native
 from kvloom.segments.balance import Balance
 from kvloom.segments.minmax import MinMax

@@ -161,7 +161,8 @@ def test_attention_counts_a_slot_as_its_tokens() -> None:
     x = torch.randn(2, 1, 8).expand(-1, 40, -1)
     policy = Policy(Tokens(1), Last(), merge=Blend("mean", count="logits"))
     from kvloom.core.attention import Logits
-    from kvloom.core.layer import Layer, together
+    from kvloom.core.layer import Layer
+    from kvloom.core.together import together
 
     site = replace(KVCache(model).layers[0].site, kv_heads=2, q_heads=4, key_dim=8, value_dim=8)
     q = torch.randn(4, 1, 8)

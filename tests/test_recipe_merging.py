@@ -17,7 +17,8 @@ from transformers import DynamicCache
 
 from kvloom import KVCache, RecipeError, parse
 from kvloom.core.attention import Logits
-from kvloom.core.layer import Layer, together
+from kvloom.core.layer import Layer
+from kvloom.core.together import together
 from kvloom.lab.measure import load_model
 from kvloom.lab.tasks import Kit
 from tests.families import build, prompt

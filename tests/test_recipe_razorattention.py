@@ -14,8 +14,9 @@ from transformers import DynamicCache
 from kvloom import KVCache, ProfileError, RecipeError, parse
 from kvloom.core import profile
 from kvloom.core.attention import Logits
-from kvloom.core.layer import Layer, together
+from kvloom.core.layer import Layer
 from kvloom.core.rows import Rows
+from kvloom.core.together import together
 from kvloom.policies.retrieval_heads import REPEATS, measure
 from kvloom.recipes.razorattention import EVERY, calibrate
 from tests.families import build, prompt

@@ -19,13 +19,14 @@ from kvloom.core import stack
 from kvloom.core.attention import Logits, Visible
 from kvloom.core.codec import Block, Codec, Const, Plane
 from kvloom.core.group import Table
-from kvloom.core.layer import Layer, _Pending, together
+from kvloom.core.layer import Layer, _Pending
 from kvloom.core.recipe import Recipe
 from kvloom.core.rows import Rows
 from kvloom.core.run import Buffer
 from kvloom.core.segment import EXACT, Kind
 from kvloom.core.site import Site
 from kvloom.core.step import Step
+from kvloom.core.together import together
 
 __all__ = ["Held", "Stretch", "forecast"]
 

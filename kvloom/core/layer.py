@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,12 +20,11 @@ from kvloom.core.select import narrowed
 from kvloom.core.site import Site
 from kvloom.core.step import Step
 from kvloom.core.tap import Inputs
+from kvloom.core.together import Steps
 from kvloom.errors import CacheError
 from kvloom.kernels import dispatch, reference
 
-__all__ = ["Layer", "together"]
-
-Steps = Generator[list[dispatch.Job], None, Tensor]  # a forward that stops where kernels are to work
+__all__ = ["Layer"]
 
 DRAFT = 64  # newest tokens that may be taken back without losing older queries that a scorer looks at
 
@@ -33,26 +33,6 @@ def _folded(x: Tensor, like: Tensor) -> Tensor:
     """[Hq, ...] -> [H, g, ...] for as many KV heads as `like` has."""
     h = like.shape[0]
     return x.view(h, x.shape[0] // h, *x.shape[1:])
-
-
-def together(forwards: list[Steps]) -> list[Tensor]:
-    """Runs one forward of each of several sequences; kernels get the work of all of them in one call."""
-    done: list[Tensor | None] = [None] * len(forwards)
-    jobs: list[dispatch.Job] = []
-    for i, forward in enumerate(forwards):
-        try:
-            jobs += next(forward)
-        except StopIteration as end:
-            done[i] = end.value
-    if jobs:
-        dispatch.run(jobs)
-    for i, forward in enumerate(forwards):
-        if done[i] is None:
-            try:
-                next(forward)
-            except StopIteration as end:
-                done[i] = end.value
-    return [x for x in done if x is not None]
 
 
 @dataclass
@@ -246,6 +226,16 @@ class Layer:
         rows = Rows(rows.k.detach(), rows.v.detach(), rows.index, hidden=rows.hidden)
         for group in self.groups:
             group.segments["main"].append(rows if group.heads is None else rows.heads(group.heads))
+
+    @property
+    def quiet(self) -> float:
+        """How many single tokens can be added with nothing to do but attend and store them, as far as policies are concerned."""
+        policy = self.policy.get("decode")
+        if self.waits or self.defer or self.probing or self._selects or self.mates or self._window or not self.length:
+            return 0
+        if policy is None:
+            return math.inf
+        return 0 if policy.score is not None and policy.score.queries < 0 else self._calm - self.length
 
     @property
     def waits(self) -> bool:

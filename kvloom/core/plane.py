@@ -68,6 +68,19 @@ class Plane:
         return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[-1].dtype) for part in parts], 1)
 
     @property
+    def room(self) -> int:
+        """How many slots the exact tail takes, one by one, before it has to move, or something is encoded."""
+        last = self.runs[-1] if self.runs else None
+        if last is None or last.codec is not EXACT or last.sealed or last.tap is not None:
+            return 0
+        x = last.fields["x"]
+        free = x.data.shape[1] - x.start - x.n
+        if self.codec.exact:
+            return free
+        tail = self.n - self.frozen
+        return next((i for i in range(free) if self.rule.due(tail + i + 1, True)), free)
+
+    @property
     def unfit(self) -> bool:
         """Whether the codec still has to take constants from the rows at hand."""
         return self.codec.fits and not self.fitted

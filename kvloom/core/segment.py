@@ -102,6 +102,21 @@ class Segment:
             plane.append(plane.codec.sized(m) if whole else EXACT, x, at)
         self.n += m
 
+    @property
+    def room(self) -> int:
+        """How many slots can be added, one by one, before something has to be moved or encoded: 0 if a tail is shared or a column grows."""
+        if self.cols.keys() - {"index"} or self.kind.fold or self.kind.turn or self.kind.merge:
+            return 0
+        return min(self.key.room, self.value.room)
+
+    def grown(self, n: int, at: int) -> None:
+        """Takes notice of n slots that were written behind the last ones: the tokens from `at` on."""
+        for plane in (self.key, self.value):
+            plane.runs[-1].fields["x"].n += n
+        if "index" in self.cols:
+            self._next, self._late = at + n, self._late + n
+        self.n += n
+
     def _place(self, rows: Rows) -> None:
         """Notes where in the text the slots stand; consecutive ones only as a number."""
         if isinstance(rows.index, int):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kvloom.core.attention import Logits
-from kvloom.core.layer import together
 from kvloom.core.mask import DenseMask, Gaps, LazyMask
+from kvloom.core.together import together
 from kvloom.errors import CacheError, ModelError
 
 if TYPE_CHECKING:

@@ -19,10 +19,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from kvloom.core import attach
 from kvloom.core.attention import Logits
 from kvloom.core.handle import Handle
-from kvloom.core.layer import together
+from kvloom.core.together import together
 from kvloom.core.view import text_config
 from kvloom.engine.sequence import Sequence
 from kvloom.errors import ModelError
+from kvloom.kernels import native
 
 __all__ = ["Packed", "Part"]
 
@@ -132,17 +133,36 @@ class _Update:
         """query [1, Hq, n, D] -> [1, n, Hq, Dv]; each sequence's rows see that sequence alone. Its mask is known: causal."""
         cache, at, q = self.layer.cache, self.layer.at, query[0]
         hidden = cache.heard.pop(at, None)
+        standing, rows = [], []
+        slow: list[tuple[Sequence, int, int, Logits]] = []
         forwards = []
         for part, a, b in zip(cache.parts, cache.borders, cache.borders[1:], strict=False):
-            outline, layer = part.sequence.outline, part.sequence.layers[at]
+            sequence = part.sequence
+            ready = sequence.standing[at]
+            if ready is not None and b - a == 1 and ready.room:
+                standing.append(ready)
+                rows.append(a)
+                sequence.ahead[at] += 1
+                continue
+            outline, layer = sequence.outline, sequence.layer(at)
             x = hidden[:, a:b] if hidden is not None and layer.recipe.hidden else None
             seen = outline.visible(at, layer.length, b - a)
             logits = Logits(scale, softcap, outline.rope)
+            slow.append((sequence, a, b, logits))
             forwards.append(layer.forward(q[:, a:b], self.k[:, a:b], self.v[:, a:b], logits, seen, sinks, x))
-        found = together(forwards)
-        for part in cache.parts:
-            part.sequence.settled(at)
-        return torch.cat([x.transpose(0, 1) for x in found])[None]
+        out = torch.empty(
+            q.shape[1], q.shape[0], self.v.shape[2], dtype=torch.float32 if standing else q.dtype, device=q.device
+        )
+        if standing:
+            k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (self.k, self.v))
+            without = None if sinks is None else sinks.float().contiguous()
+            native.decode(standing, rows, q.float().contiguous(), k, v, out, without)
+        for (sequence, a, b, logits), x in zip(slow, together(forwards), strict=True):
+            out[a:b] = x.transpose(0, 1)
+            sequence.settled(at)
+            if b - a == 1:
+                sequence.stand(at, q, logits)
+        return out.to(q.dtype)[None]
 
     def sdpa(self, query: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """For models that call `scaled_dot_product_attention` themselves."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvloom.core import attach, stack
-from kvloom.core.attention import Visible
+from kvloom.core.attention import Logits, Visible, job
 from kvloom.core.blocks import rowwise
 from kvloom.core.forecast import forecast
 from kvloom.core.group import Group
@@ -24,6 +24,7 @@ from kvloom.core.rope import Rope
 from kvloom.core.site import Site
 from kvloom.core.view import sites_of, text_config
 from kvloom.errors import ModelError, RecipeError
+from kvloom.kernels import native
 from kvloom.policies.budgets import Tokens
 from kvloom.policies.placements import Keep
 
@@ -138,14 +139,17 @@ def _shaped(model: PreTrainedModel, sites: dict[int, Site]) -> dict[int, Site]:
 
 
 class Sequence:
-    """One text. Forks share what is stored until one of them writes."""
+    """One text. Forks share what is stored until one of them writes.
 
-    def __init__(self, outline: Outline) -> None:
+    `standing`: for each layer, what kernels need to decode on their own, if they can; `ahead`: tokens that they have decoded and the
+    layer has yet to be told of.
+    """
+
+    def __init__(self, outline: Outline, layers: list[Layer] | None = None) -> None:
         self.outline = outline
-        self.layers = [Layer(site, recipe) for site, recipe in outline.layers]
-        self._carry()
-
-    def _carry(self) -> None:
+        self.layers = [Layer(site, recipe) for site, recipe in outline.layers] if layers is None else layers
+        self.standing: list[Any] = [None] * len(self.layers)
+        self.ahead = [0] * len(self.layers)
         carry: dict[str, Any] = {}
         for layer in self.layers:
             layer.carry = carry
@@ -153,7 +157,31 @@ class Sequence:
     @property
     def length(self) -> int:
         """Tokens fed."""
-        return self.layers[0].length
+        return self.layers[0].length + self.ahead[0]
+
+    def layer(self, at: int) -> Layer:
+        """A layer that knows of everything that was decoded."""
+        layer, ahead = self.layers[at], self.ahead[at]
+        self.standing[at] = None
+        if ahead:
+            layer.groups[0].segments["main"].grown(ahead, layer.length)
+            layer.length += ahead
+            self.ahead[at] = 0
+        return layer
+
+    def stand(self, at: int, q: Tensor, logits: Logits) -> None:
+        """Lets kernels decode on their own from now on, if nothing is in the way. q [Hq, m, D]: queries like those to come."""
+        layer = self.layers[at]
+        group = layer.groups[0]
+        main = group.segments["main"]
+        if not layer.quiet or len(layer.groups) > 1 or group.heads is not None or main.n != group.n:
+            return
+        room = int(min(layer.quiet, main.room))
+        if room > 0:
+            like = q.new_empty(layer.site.kv_heads, layer.site.group, 1, layer.site.key_dim)
+            found = job(like, layer.site.value_dim, group, logits, layer.length, None, False)
+            if found is not None and isinstance(found[0], native.Job):
+                self.standing[at] = native.standing(found[0], room)
 
     @torch.no_grad()
     def settled(self, layer: int) -> None:
@@ -164,11 +192,7 @@ class Sequence:
 
     def fork(self) -> Sequence:
         """Another sequence of the same text."""
-        twin = Sequence.__new__(Sequence)
-        twin.outline = self.outline
-        twin.layers = [layer.fork() for layer in self.layers]
-        twin._carry()
-        return twin
+        return Sequence(self.outline, [self.layer(i).fork() for i in range(len(self.layers))])
 
     def storages(self) -> Iterator[tuple[int, int, str]]:
         """(address, bytes, class) of every storage held, some more than once."""

@@ -21,8 +21,8 @@ from kvloom.kernels import lower
 from kvloom.kernels.tile import Term
 
 __all__ = [
-    "DOT", "ISA", "ROWS", "WHOLE_BITS", "Job", "Part", "dense", "encode", "fits", "job", "observe", "packed", "prefill", "queries", "run",
-    "serves", "tile",
+    "DOT", "ISA", "ROWS", "WHOLE_BITS", "Job", "Part", "decode", "dense", "encode", "fits", "job", "observe", "packed", "prefill", "queries", "run",
+    "serves", "standing", "tile",
 ]  # fmt: skip
 
 
@@ -157,6 +157,35 @@ def run(jobs: list[Job]) -> None:
     for any other jobs beside it.
     """
     _native.attend([each.described for each in jobs], torch.get_num_threads())
+
+
+def standing(job: Job, room: int) -> Any:
+    """A job of one segment that will be fed by `decode`, at most `room` slots; None where it can't be.
+
+    Its runs are numbers or packed codes that queries meet as they are, the last of each plane numbers with room behind them.
+    """
+    if _native is None or not hasattr(_native, "Standing") or len(job.described[8]) != 1:  # type: ignore[arg-type]
+        return None
+    part = job.parts[0]
+    plain = all(run[0] <= 4 and run[4] in (0, part.kept[0].data_ptr()) for run in (*part.keys, *part.values))
+    if not plain or part.logw is not None or part.scores is not None or max(part.keys[-1][0], part.values[-1][0]) > 2:
+        return None
+    return _native.Standing(job.described, 0, room)
+
+
+def decode(
+    jobs: list[Any], rows: list[int], q: Tensor, k: Tensor, v: Tensor, out: Tensor, sinks: Tensor | None
+) -> None:
+    """Adds slot `rows[i]` of k [H, n, D] and v [H, n, Dv] to the i-th standing job, and attends to it with that row of q.
+
+    q [Hq, n, D] fp32; out [n, Hq, Dv] fp32 takes the result; sinks [Hq] fp32: logits without a value. All contiguous in the last dimension,
+    q and out throughout.
+    """
+    fresh = (
+        q.data_ptr(), q.shape[1], k.data_ptr(), k.stride(0) * k.itemsize, k.stride(1) * k.itemsize, v.data_ptr(),
+        v.stride(0) * v.itemsize, v.stride(1) * v.itemsize, out.data_ptr(), 0 if sinks is None else sinks.data_ptr(),
+    )  # fmt: skip
+    _native.decode(jobs, rows, fresh, torch.get_num_threads())
 
 
 def _matrix(x: Tensor) -> tuple[int, int, int, int]:

@@ -5,6 +5,7 @@
 #include "described.h"
 #include "entropy.h"
 #include "pool.h"
+#include "standing.h"
 
 namespace nb = nanobind;
 
@@ -60,19 +61,19 @@ struct Item {
 };
 
 // Splits depend on the segments alone and are merged in their order: the same bits for any number of threads and any batch.
-void attend(const std::vector<Job> &jobs, int threads) {
+void attend(const std::vector<const Job *> &jobs, int threads) {
     std::vector<Item> items;
     std::vector<size_t> first;  // of every head of every job
     double work = 0;
     size_t floats = 0;
     for (int j = 0; j < int(jobs.size()); j++)
-        for (int head = 0; head < jobs[j].h; head++) {
+        for (int head = 0; head < jobs[j]->h; head++) {
             first.push_back(items.size());
-            for (int s = 0; s < int(jobs[j].segments.size()); s++)
-                for (int64_t at = 0, n = jobs[j].segments[s].n; at < n; at += SPLIT) {
+            for (int s = 0; s < int(jobs[j]->segments.size()); s++)
+                for (int64_t at = 0, n = jobs[j]->segments[s].n; at < n; at += SPLIT) {
                     items.push_back({j, s, head, at, at + SPLIT < n ? at + SPLIT : n});
-                    floats += size_t(jobs[j].rows) * (jobs[j].value_dim + 2);
-                    work += double(items.back().stop - at) * jobs[j].rows * (jobs[j].dim + jobs[j].value_dim);
+                    floats += size_t(jobs[j]->rows) * (jobs[j]->value_dim + 2);
+                    work += double(items.back().stop - at) * jobs[j]->rows * (jobs[j]->dim + jobs[j]->value_dim);
                 }
         }
     first.push_back(items.size());
@@ -80,19 +81,27 @@ void attend(const std::vector<Job> &jobs, int threads) {
     std::vector<Partial> parts(items.size());
     float *at = room.data();
     for (size_t i = 0; i < items.size(); i++) {
-        const Job &job = jobs[items[i].job];
+        const Job &job = *jobs[items[i].job];
         parts[i] = {at, at + job.rows * job.value_dim, at + job.rows * (job.value_dim + 1)};
         at += job.rows * (job.value_dim + 2);
     }
     Pool::get().run(int(items.size()), work > WORTH ? threads : 1, [&](int i) {
         const Item &item = items[i];
-        const Job &job = jobs[item.job];
+        const Job &job = *jobs[item.job];
         kernels().attend(job, job.segments[item.segment], item.head, item.start, item.stop, parts[i]);
     });
     size_t n = 0;
-    for (const Job &job : jobs)
-        for (int head = 0; head < job.h; head++, n++)
-            kernels().merge(job, head, parts.data() + first[n], int(first[n + 1] - first[n]));
+    for (const Job *job : jobs)
+        for (int head = 0; head < job->h; head++, n++)
+            kernels().merge(*job, head, parts.data() + first[n], int(first[n + 1] - first[n]));
+}
+
+// Row i of what is new belongs to the i-th job.
+void decode(const std::vector<Standing *> &all, const std::vector<int64_t> &rows, const Fresh &fresh, int threads) {
+    std::vector<const Job *> jobs;
+    for (size_t i = 0; i < all.size(); i++) feed(*all[i], fresh, rows[i]), jobs.push_back(&all[i]->job);
+    attend(jobs, threads);
+    for (size_t i = 0; i < all.size(); i++) hand_out(*all[i], fresh, rows[i]);
 }
 
 void encode(const Encode &e, int threads) {
@@ -135,10 +144,37 @@ NB_MODULE(_native, m) {
             for (Py_ssize_t i = 0; i < PyList_GET_SIZE(described.ptr()); i++)
                 jobs.push_back(job_of(PyList_GET_ITEM(described.ptr(), i), kernels().whole));
             if (PyErr_Occurred()) throw nb::python_error();
+            std::vector<const Job *> all;
+            for (const Job &job : jobs) all.push_back(&job);
             nb::gil_scoped_release release;
-            attend(jobs, threads);
+            attend(all, threads);
         },
         nb::arg("jobs"), nb::arg("threads"));
+    nb::class_<Standing>(m, "Standing")
+        .def("__init__", [](Standing *self, nb::tuple described, int grows, int64_t room) {
+            new (self) Standing(described.ptr(), grows, room, kernels().whole);
+            if (PyErr_Occurred()) throw nb::python_error();
+        })
+        .def_ro("room", &Standing::room);
+    m.def(
+        "decode",
+        [](nb::list jobs, nb::list rows, nb::tuple fresh, int threads) {
+            PyObject *t = fresh.ptr();
+            check(t, 10);
+            const Fresh found{pointer<const float>(t, 0), number(t, 1), pointer<const uint8_t>(t, 2), number(t, 3), number(t, 4),
+                              pointer<const uint8_t>(t, 5), number(t, 6), number(t, 7), pointer<float>(t, 8), pointer<const float>(t, 9)};
+            std::vector<Standing *> all;
+            std::vector<int64_t> at;
+            for (size_t i = 0; i < jobs.size(); i++) {
+                all.push_back(nb::cast<Standing *>(jobs[i]));
+                at.push_back(nb::cast<int64_t>(rows[i]));
+                if (all[i]->room < 1 || at[i] < 0 || at[i] >= found.n) throw nb::value_error("no room, or no such row");
+            }
+            if (PyErr_Occurred()) throw nb::python_error();
+            nb::gil_scoped_release release;
+            decode(all, at, found, threads);
+        },
+        nb::arg("jobs"), nb::arg("rows"), nb::arg("fresh"), nb::arg("threads"));
     m.def(
         "many_rows",
         [](nb::tuple described, bool observed, int threads) {
