@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from kvloom.core.view import text_config
+from kvloom.engine.adapters import Adapters
 from kvloom.engine.live import Live
 from kvloom.engine.packed import Packed, Part
 from kvloom.engine.pool import Pool
@@ -38,6 +40,7 @@ class Engine:
         allowed: recipes that requests may ask for.
         keep: whether beginnings of prompts are kept for those that begin alike.
         queue: requests that may wait.
+        adapters: folders of LoRA adapters by the names that requests ask for them by. Those in use are part of `memory`.
 
     Not for several threads: one thread calls it. Raises ModelError and RecipeError for what packed steps can't serve, RequestError
     for a memory too small for one part of a prompt.
@@ -55,6 +58,7 @@ class Engine:
         allowed: Collection[str] = (),
         keep: bool = True,
         queue: int = 4096,
+        adapters: Mapping[str, str | Path] | None = None,
     ) -> None:
         config = text_config(model)
         self.model, self.recipe, self.part = model, recipe, part
@@ -64,8 +68,9 @@ class Engine:
         self._outlines: dict[str, Outline] = {}
         for name in (recipe, *allowed):
             self._outlines[name] = Outline(model, name, self.context, part)
-        self.packed = Packed(model)
         self.pool = Pool(memory)
+        self.adapters = Adapters(model, self.pool, adapters)
+        self.packed = Packed(model)
         self.prefix = Prefix(part, self.pool) if keep else None
         self.scheduler = scheduler or Sarathi()
         self.queue = queue
@@ -99,13 +104,21 @@ class Engine:
             wanted = f"{n} tokens of prompt" + (f" and {asked} of answer" if asked else "")
             raise RequestError(f"{wanted} are more than this model's context of {self.context}. Send less.")
         limit = self.context - n if asked is None else asked
+        there = self.pool.limit
+        if request.adapter:
+            there -= self.adapters.find(request.adapter).nbytes
+            if outline.recipe.hidden:
+                raise RequestError(
+                    f"adapter={request.adapter!r}: {outline.recipe.name} makes keys and values of layer inputs with the model's own "
+                    "weights. Ask for a recipe that stores them, such as kivi."
+                )
         needs = outline.more(0, n + (asked or 1))
-        if needs > self.pool.limit:
+        if needs > there:
             raise RequestError(
-                f"{n} tokens of prompt need {needs:,} bytes of KV memory, more than all there is ({self.pool.limit:,}). "
+                f"{n} tokens of prompt need {needs:,} bytes of KV memory, more than all there is ({there:,}). "
                 "Send less, or serve with more memory or a recipe that keeps less."
             )
-        while asked is None and limit > 1 and outline.more(0, n + limit) > self.pool.limit:
+        while asked is None and limit > 1 and outline.more(0, n + limit) > there:
             limit //= 2
         return limit
 
@@ -151,7 +164,7 @@ class Engine:
                 continue
             rows = self.scheduler.want(r, plan)
             if rows > 0 and r.waiting and not self._begin(r, plan):
-                full = True  # nobody who waits behind it may overtake it
+                full = r.request.id in self.live  # nobody who waits behind it may overtake it
             elif rows > 0 and self._room(r, rows, plan):
                 plan.grant(r, min(rows, self.scheduler.want(r, plan)))
         if (
@@ -165,15 +178,22 @@ class Engine:
         """Gives a request a sequence, which holds what is kept of its prompt, if there is memory for all that it will be fed."""
         tokens = r.tokens[: r.prompt]
         length, sequence = self.prefix.find(r.space, tokens) if self.prefix is not None else (0, None)
-        r.needs = r.outline.more(length if r.outline.chains else 0, len(r.tokens))
+        needs = r.outline.more(length if r.outline.chains else 0, len(r.tokens))
+        r.needs = needs + self.adapters.needs(r.request.adapter)
         while plan.out or not self.scheduler.admit(r, plan, self.pool.free):
-            if plan.out or r.needs <= self.pool.free or self.prefix is None or not self.prefix.evict():
+            if plan.out or r.needs <= self.pool.free or not self._evict(r):
+                return False
+        if r.request.adapter:
+            try:
+                self.adapters.load(r.request.adapter)
+            except KvloomError as error:
+                self._ready.append(self._end(r, "error", error=str(error)))
                 return False
         r.sequence = Sequence(r.outline) if sequence is None else sequence
         r.covered = len(r.tokens)
         if self.prefix is not None:
             r.marks = self.prefix.borders(r.space, tokens, r.outline.chains)
-        self.pool.hold(r, r.sequence.storages(), r.needs)
+        self.pool.hold(r, r.sequence.storages(), needs)
         plan.running += 1
         if r.cached is None:
             r.cached = length
@@ -190,7 +210,7 @@ class Engine:
         needs = r.outline.more(r.length, upto)
         self.pool.hold(r, r.sequence.storages())
         while self.pool.free < needs:
-            if self.prefix is not None and self.prefix.evict():
+            if self._evict(r):
                 continue
             others = [x for x in self.live.values() if not x.waiting and x not in plan.granted]
             victim = self.scheduler.victim(r, plan, others)
@@ -207,6 +227,11 @@ class Engine:
         r.covered = upto
         return True
 
+    def _evict(self, r: Live) -> bool:
+        """Frees what nobody uses: adapters first, which are read again sooner than a beginning is computed."""
+        busy = {r.request.adapter, *(x.request.adapter for x in self.live.values() if not x.waiting)}
+        return self.adapters.evict(busy) or (self.prefix is not None and self.prefix.evict())
+
     def _preempt(self, r: Live) -> None:
         r.sequence, r.covered = None, 0
         r.preempted += 1
@@ -220,7 +245,8 @@ class Engine:
             n = r.length
             ends.append(n + rows == len(r.tokens))
             parts.append(Part(r.sequence, r.tokens[n : n + rows], ends[-1]))
-        logits = self.packed.run(parts)
+        with self.adapters.applied((r.request.adapter, rows) for r, rows in plan.granted.items()):
+            logits = self.packed.run(parts)
         for r in plan.granted:
             self._keep(r)
         last = [r for r, end in zip(plan.granted, ends, strict=True) if end]
@@ -268,5 +294,6 @@ class Engine:
         waiting = sum(r.waiting for r in self.live.values())
         return {
             "running": len(self.live) - waiting, "waiting": waiting, "kv_bytes": self.pool.used, "kv_limit": self.pool.limit,
-            "kept": len(self.prefix) if self.prefix is not None else 0, "bytes_by_kind": self.pool.kinds(), **self._counts,
+            "kept": len(self.prefix) if self.prefix is not None else 0, "adapters": len(self.adapters.resident),
+            "bytes_by_kind": self.pool.kinds(), **self._counts,
         }  # fmt: skip
