@@ -13,8 +13,10 @@ import pytest
 
 
 @contextlib.contextmanager
-def opened(page: Path) -> Iterator[Any]:
-    """Chromium with the page loaded. Skips where there is none; fails if the page asks for anything outside itself."""
+def opened(page: Path | str) -> Iterator[Any]:
+    """Chromium with a file or an address loaded. Skips where there is none; fails if it asks for anything outside itself:
+    outside the file, or the address's server.
+    """
     browser = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
     driver = shutil.which("chromedriver")
     if browser is None or driver is None:
@@ -29,11 +31,13 @@ def opened(page: Path) -> Iterator[Any]:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     chrome = webdriver.Chrome(options=options, service=Service(driver))
     try:
-        chrome.get(page.resolve().as_uri())
+        address = page.resolve().as_uri() if isinstance(page, Path) else page
+        chrome.get(address)
         yield chrome
+        own = "file:" if isinstance(page, Path) else page
         asked = [json.loads(entry["message"])["message"] for entry in chrome.get_log("performance")]
         urls = [m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"]
-        assert [url for url in urls if not url.startswith(("file:", "data:", "chrome:"))] == []
+        assert [url for url in urls if not url.startswith((own, "data:", "chrome:"))] == []
         assert [entry for entry in chrome.get_log("browser") if entry["level"] == "SEVERE"] == []
     finally:
         chrome.quit()
