@@ -59,7 +59,7 @@ def test_doctor_names_the_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     assert "kernels" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["demo", "compare", "generate", "recipes", "check", "doctor", "calibrate"])
+@pytest.mark.parametrize("command", ["demo", "compare", "generate", "recipes", "check", "doctor", "calibrate", "load"])
 def test_help_explains(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     main([command, "--help"])
     assert "--json" in capsys.readouterr().out
