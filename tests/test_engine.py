@@ -95,7 +95,7 @@ def test_packed_logits_are_the_models(family: str) -> None:
     assert a.length == 69 and twin.length == b.length
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, "xkv(rank=8, group=2) ", "xquant(bits=4, group=16)"])
+@pytest.mark.parametrize("recipe", [*RECIPES, "minicache(interval=2, start=0.0)", "xquant(bits=4, group=16)"])
 def test_one_sequence_is_as_under_generate(recipe: str) -> None:
     """A prompt in the same parts, then tokens one by one: the logits of `KVCache`."""
     options = {"num_key_value_heads": 4} if "xquant" in recipe else {}
@@ -157,9 +157,9 @@ def test_who_gives_up_memory_answers_the_same() -> None:
 
 def test_kept_beginnings_share_bytes() -> None:
     """Eight prompts with one beginning hold it once, and it is fed once."""
-    model = subject("llama")
-    shared, rest = texts(1, 160)[0], texts(8, 10, seed=2)
-    engine = Engine(model, part=16)
+    shared, rest = texts(1, 512)[0], texts(8, 10, seed=2)
+    model = subject("llama", max_position_embeddings=1024)
+    engine = Engine(model, part=256)
     run(engine, [greedy(shared + rest[0], 2)])
     held = engine.pool.used
     outs: list[Output] = []
@@ -167,9 +167,9 @@ def test_kept_beginnings_share_bytes() -> None:
         engine.add(greedy(shared + text, 30))
     for _ in range(4):
         outs += engine.step()
-    one = engine.outline("").nbytes(160)
-    assert all(out.cached == 160 for out in outs if out.token is not None)
-    assert engine.stats()["running"] == 8 and engine.pool.used < held + one * 8 / 2
+    one = engine.outline("").nbytes(512)
+    assert all(out.cached == 512 for out in outs if out.token is not None)
+    assert engine.stats()["running"] == 8 and engine.pool.used < held + one
 
 
 def test_salt_keeps_prompts_apart() -> None:
@@ -231,15 +231,15 @@ def test_what_cannot_be_served() -> None:
     model = subject("llama")
     for family in VARYING:
         with pytest.raises(ModelError, match="longest text"):
-            Engine(build(family))
+            Outline(build(family), "full", 4096, 64)
     with pytest.raises(RecipeError, match="second time"):
         Engine(model, "kvzip(budget=0.5)")
-    engine = Engine(model, part=16, context=64, queue=2, allowed=["kivi"])
+    engine = Engine(model, part=16, context=64, queue=2, allowed=["snapkv"])
     for request, why in (
         (greedy([]), "empty"),
         (greedy([1 << 30]), "token 1073741824"),
         (greedy([3] * 60), "context of 64"),
-        (greedy([3] * 10, recipe="h2o"), "Available: 'full', 'kivi'"),
+        (greedy([3] * 10, recipe="h2o"), "Available: 'full', 'snapkv'"),
     ):
         with pytest.raises(RequestError, match=why):
             engine.add(request)

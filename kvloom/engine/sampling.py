@@ -56,6 +56,7 @@ class Sampler:
             self.done = self.guide.accept(token)
 
 
+@torch.inference_mode()
 def choose(
     logits: Tensor, samplers: list[Sampler]
 ) -> tuple[list[int], list[tuple[float, tuple[tuple[int, float], ...]] | None]]:
