@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvloom import KVCache, RecipeError, parse
-from tests.families import build, prompt
+from kvloom.core.group import Table
+from kvloom.core.step import Step
+from kvloom.policies.histories import Unimportant
+from tests.families import build, prompt, subject
 from tests.reference import Full, Slots, kept, run_cache
 from tests.test_recipe_selection import SIZES, compare
 
@@ -145,3 +149,31 @@ def test_composes_with_a_codec(name: str) -> None:
 def test_options(text: str) -> None:
     with pytest.raises(RecipeError):
         parse(text)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("ahead", [0.0, 7.0])
+def test_weights_in_blocks_are_those_of_whole_rows(family: str, ahead: float) -> None:
+    """Of the newest rows of prompts and of later turns, with soft-capped logits, too."""
+    model, seen = subject(family, max_position_embeddings=2048), []
+
+    class Looks(Unimportant):
+        def __call__(self, step: Step, table: Table) -> Tensor:
+            if step.q.shape[2] > 1:
+                want = torch.full((step.heads, step.site.group, 150, table.n), ahead)
+                for place, p in step.rows(table, 150):
+                    want[:, :, place - step.length + 150, : p.shape[-1]] = p
+                unseen = table.index[0] > torch.arange(step.length - 150, step.length)[:, None]
+                want[:, :, unseen] = ahead
+                got = torch.full_like(want, ahead)
+                for place, start, p in step.blocks(table, 150, ahead):
+                    got[:, :, place - step.length + 150, start : start + p.shape[-1]] = p
+                torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+                seen.append(table.n)
+            return super().__call__(step, table)
+
+    recipe = parse("scissorhands(budget=500)")
+    policy = replace(recipe.policy["prompt"], score=Looks(400))
+    cache = KVCache(model, replace(recipe, policy={"prompt": policy, "decode": policy}))
+    run_cache(model, cache, prompt(900), [700, 1, 1, 198])
+    assert seen and max(seen) > 600

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ __all__ = ["Step"]
 
 CHUNK = 1 << 20  # numbers of decoded keys at a time
 TILE = 1 << 19  # weights at a time, where a scorer looks at those of single rows
+COLUMNS, BLOCK = 512, 1 << 18  # slots and weights at a time, where it does not need whole rows: what a core has at hand
 
 
 @dataclass
@@ -128,6 +130,38 @@ class Step:
                 s[..., late:].masked_fill_(ahead, 0.0)
                 parts.append(s)
             yield place, parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def blocks(self, table: Table, newest: int, ahead: float = 0.0) -> Iterator[tuple[Tensor, int, Tensor]]:
+        """As `rows`, some slots at a time, which is twice as fast: (place in the text [b], first slot of the table, weights [h, g, b, c]).
+
+        For forwards of several rows. `ahead`: what slots get that a row does not see.
+        """
+        h, g, m, dim = self.q.shape
+        log2e, soft, device = math.log2(math.e), self.logits.softcap is not None, self.q.device
+        each = max(16, (BLOCK if device.type == "cpu" else BLOCK << 5) // (h * g * COLUMNS))
+        first, before = m - min(m, newest), 0
+        q = self.q[:, :, first:].float() * (self.logits.scale * (1.0 if soft else log2e))
+        lse = self.lse[:, :, first:, None] * log2e
+        place = torch.arange(self.first + first, self.first + m, device=device)
+        for name, segment in table.parts:
+            logw, since = segment.column("logw"), segment.n - m if name == "main" else segment.n
+            for start in range(0, segment.n, COLUMNS):
+                stop = min(start + COLUMNS, segment.n)
+                keys = segment.key.dense(start, stop).float().mT
+                for top in range(max(0, start - since - first) // each * each, m - first, each):
+                    rows = slice(top, min(top + each, m - first))
+                    some, less = q[:, :, rows].reshape(h, -1, dim), lse[:, :, rows].reshape(h, -1, 1)
+                    if soft:
+                        s = self.logits.cap(some @ keys) * log2e - less
+                    else:
+                        s = torch.baddbmm(less, some, keys, beta=-1)
+                    if logw is not None:
+                        s += logw[:, None, start:stop] * log2e
+                    p = s.exp2_().view(h, g, -1, stop - start)
+                    if stop - since > first + top + 1:
+                        p.masked_fill_(segment.index[:, None, None, start:stop] > place[rows, None], ahead)
+                    yield place[rows], before + start, p
+            before += segment.n
 
     def probed(self, table: Table, rows: Tensor) -> Tensor:
         """Attention that every slot of the table receives from some rows [r] of this forward, summed: [h, g, n] fp32.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from kvloom.core.step import Step
 
 __all__ = ["Noisy", "Unimportant"]
 
+EVEN = 1e-6  # what rounding takes from an average weight
 POOL = 1 << 20  # random numbers drawn for one forward of a layer
 
 
@@ -36,11 +37,21 @@ class Unimportant:
         late = min(m, self.window if full else n - budget - 1 + self.window)
         if late > 0:
             low = torch.zeros(step.heads, n, device=table.device)
-            for place, p in step.rows(table, late):
-                sees = n - step.length + place + 1  # slots that were there, the row's own included
-                index = table.index[:, None, : p.shape[-1]]
-                rare = (p.mean(1) < 1 / sees[:, None]) & (index <= place[:, None])
-                low[:, : p.shape[-1]] += rare.sum(1)
+            shift = (
+                step.length - n - 1
+            )  # a row sees the slots that were there, its own included: its place less so many
+            if m == 1:
+                for place, p in step.rows(table):
+                    low += (p.mean(1) < 1 / (place - shift)[:, None]).sum(1)
+            else:
+                # weights as shares of the average; what a row does not see is no rare choice of it
+                share = (
+                    torch.arange(step.first, step.length, device=table.device).sub_(shift).clamp_min_(1)
+                    / step.q.shape[1]
+                )
+                for _, start, p in replace(step, lse=step.lse - share.log()).blocks(table, late, ahead=torch.inf):
+                    rare = p.sum(1) < 1 - EVEN
+                    low[:, start : start + p.shape[-1]] += rare.view(torch.uint8).sum(1, dtype=torch.int32)
             if m < self.window:
                 low += table.column("low", step.heads)
             table.store("low", torch.zeros_like(low) if full else low)
