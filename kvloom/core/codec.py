@@ -58,6 +58,7 @@ class Codec:
     tap: Tapped = "post-rope"
     exact: ClassVar[bool] = False
     fits: bool = False  # whether `fit` has constants to give
+    flows: bool = False  # whether kernels can encode rows one by one as they decode
     fits_kept: bool = False  # whether they are taken from the slots that a placement has kept, not from all
     unit: int = 1
     per: dict[str, int]

@@ -68,17 +68,44 @@ class Plane:
         return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[-1].dtype) for part in parts], 1)
 
     @property
+    def flow(self) -> Run | None:
+        """The run that takes a row of the exact tail for each one that comes, if kernels can do that."""
+        if not (
+            self.codec.flows and self.rule.every == 1 and self.rule.decode and self.tap is None and len(self.runs) > 1
+        ):
+            return None
+        last, run = self.runs[-1], self.runs[-2]
+        ready = (
+            last.codec is EXACT
+            and last.n == self.rule.keep
+            and run.codec is self.codec
+            and run.grows
+            and not run.sealed
+        )
+        return run if ready else None
+
+    @property
     def room(self) -> int:
-        """How many slots the exact tail takes, one by one, before it has to move, or something is encoded."""
-        last = self.runs[-1] if self.runs else None
+        """How many slots the exact tail takes, one by one, before something has to move, or to be encoded other than in `flow`."""
+        last, flow = self.runs[-1] if self.runs else None, self.flow
         if last is None or last.codec is not EXACT or last.sealed or last.tap is not None:
             return 0
-        x = last.fields["x"]
-        free = x.data.shape[1] - x.start - x.n
+        free = last.fields["x"].free
         if self.codec.exact:
             return free
+        if flow is not None:
+            return min(free, *(buffer.free for buffer in flow.fields.values()))
         tail = self.n - self.frozen
         return next((i for i in range(free) if self.rule.due(tail + i + 1, True)), free)
+
+    def grown(self, n: int) -> None:
+        """Takes notice of n slots that kernels have added."""
+        x, flow = self.runs[-1].fields["x"], self.flow
+        x.n += n
+        if flow is not None:
+            for buffer in flow.fields.values():
+                buffer.n += n
+            x.drop_front(n)
 
     @property
     def unfit(self) -> bool:

@@ -82,6 +82,11 @@ class Buffer:
         self.data[:, : self.n], self.start = held, 0
 
     @property
+    def free(self) -> int:
+        """Rows that there is room for."""
+        return self.data.shape[1] - self.start - self.n
+
+    @property
     def view(self) -> Tensor:
         return self.data.narrow(1, self.start, self.n)
 

@@ -112,7 +112,7 @@ class Segment:
     def grown(self, n: int, at: int) -> None:
         """Takes notice of n slots that were written behind the last ones: the tokens from `at` on."""
         for plane in (self.key, self.value):
-            plane.runs[-1].fields["x"].n += n
+            plane.grown(n)
         if "index" in self.cols:
             self._next, self._late = at + n, self._late + n
         self.n += n

@@ -181,7 +181,9 @@ class Sequence:
             like = q.new_empty(layer.site.kv_heads, layer.site.group, 1, layer.site.key_dim)
             found = job(like, layer.site.value_dim, group, logits, layer.length, None, False)
             if found is not None and isinstance(found[0], native.Job):
-                self.standing[at] = native.standing(found[0], room)
+                self.standing[at] = native.standing(
+                    found[0], room, -1 if main.value.flow is None else main.value.rule.keep
+                )
 
     @torch.no_grad()
     def settled(self, layer: int) -> None:

@@ -159,8 +159,10 @@ def run(jobs: list[Job]) -> None:
     _native.attend([each.described for each in jobs], torch.get_num_threads())
 
 
-def standing(job: Job, room: int) -> Any:
+def standing(job: Job, room: int, keep: int = -1) -> Any:
     """A job of one segment that will be fed by `decode`, at most `room` slots; None where it can't be.
+
+    keep: newest values that stay exact; each older one is encoded into the packed run before them. -1: all stay.
 
     Its runs are numbers or packed codes that queries meet as they are, the last of each plane numbers with room behind them.
     """
@@ -170,7 +172,9 @@ def standing(job: Job, room: int) -> Any:
     plain = all(run[0] <= 4 and run[4] in (0, part.kept[0].data_ptr()) for run in (*part.keys, *part.values))
     if not plain or part.logw is not None or part.scores is not None or max(part.keys[-1][0], part.values[-1][0]) > 2:
         return None
-    return _native.Standing(job.described, 0, room)
+    if keep >= 0 and (len(part.values) < 2 or part.values[-2][0] != 4):
+        return None
+    return _native.Standing(job.described, 0, room, keep)
 
 
 def decode(

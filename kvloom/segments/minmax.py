@@ -41,6 +41,7 @@ class MinMax(Codec):
         self.bits, self.group, self.along = bits, group, along
         self.unit = group if along == "tokens" and group else 1
         self.per = dict.fromkeys(("codes", "scale", "zero"), self.unit)
+        self.flows = type(self) is MinMax and along == "channels"
 
     def width(self, dim: int) -> int:
         """Numbers that share a scale, in a head of `dim` channels."""

@@ -101,7 +101,7 @@ void decode(const std::vector<Standing *> &all, const std::vector<int64_t> &rows
     std::vector<const Job *> jobs;
     for (size_t i = 0; i < all.size(); i++) feed(*all[i], fresh, rows[i]), jobs.push_back(&all[i]->job);
     attend(jobs, threads);
-    for (size_t i = 0; i < all.size(); i++) hand_out(*all[i], fresh, rows[i]);
+    for (size_t i = 0; i < all.size(); i++) hand_out(*all[i], fresh, rows[i]), all[i]->freeze(kernels().encode);
 }
 
 void encode(const Encode &e, int threads) {
@@ -151,8 +151,8 @@ NB_MODULE(_native, m) {
         },
         nb::arg("jobs"), nb::arg("threads"));
     nb::class_<Standing>(m, "Standing")
-        .def("__init__", [](Standing *self, nb::tuple described, int grows, int64_t room) {
-            new (self) Standing(described.ptr(), grows, room, kernels().whole);
+        .def("__init__", [](Standing *self, nb::tuple described, int grows, int64_t room, int64_t keep) {
+            new (self) Standing(described.ptr(), grows, room, keep, kernels().whole);
             if (PyErr_Occurred()) throw nb::python_error();
         })
         .def_ro("room", &Standing::room);

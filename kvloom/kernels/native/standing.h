@@ -10,14 +10,16 @@
 namespace kvloom {
 
 // `segment`: the one that grows, in the last run of its keys and of its values, which are numbers with room for what comes.
+// `keep`: of that run of values the newest stay; older ones move to the packed run before it, which has room too. -1: all stay.
 struct Standing {
     Job job;
     std::vector<float> q, out, lse;
+    std::vector<uint8_t> codes, scale, zero;  // of one row
     Segment *segment = nullptr;
-    int64_t room = 0;
+    int64_t room = 0, keep = -1;
 
     // The queries of every run of keys become this job's own.
-    Standing(PyObject *described, int grows, int64_t free, bool whole) : job(job_of(described, whole)), room(free) {
+    Standing(PyObject *described, int grows, int64_t free, int64_t keep, bool whole) : job(job_of(described, whole)), room(free), keep(keep) {
         q.resize(size_t(job.h) * job.rows * job.dim), out.resize(size_t(job.h) * job.rows * job.value_dim);
         lse.resize(size_t(job.h) * job.rows);
         job.out = out.data(), job.lse = lse.data();
@@ -26,6 +28,33 @@ struct Standing {
         segment = &job.segments.at(size_t(grows));
         if (segment->keys.empty() || segment->values.empty() || segment->keys.back().kind > BFLOAT16 || segment->values.back().kind > BFLOAT16)
             throw nb::value_error("the last run has to be one of numbers");
+        if (keep < 0) return;
+        if (segment->values.size() < 2 || packed().kind != CHANNELS) throw nb::value_error("the run before the last has to be packed by channels");
+        codes.resize(size_t(job.h) * job.value_dim * packed().bits / 8);
+        scale.resize(size_t(job.h) * (job.value_dim / packed().group) * 2), zero.resize(scale.size());
+    }
+
+    Run &packed() { return segment->values[segment->values.size() - 2]; }
+
+    static void put(const uint8_t *to, int64_t head, int64_t row, const std::vector<uint8_t> &from, int h) {
+        const size_t each = from.size() / h;
+        for (int i = 0; i < h; i++) memcpy(const_cast<uint8_t *>(to) + i * head + row * int64_t(each), from.data() + i * each, each);
+    }
+
+    // Encodes the oldest number row of the values, if there are more than stay. `encode`: a kernel.
+    template <class F>
+    void freeze(F encode) {
+        Run &tail = segment->values.back();
+        if (keep < 0 || tail.n <= keep) return;
+        const int64_t row = int64_t(job.value_dim) * (tail.kind == FLOAT32 ? 4 : 2);
+        const Encode e{job.h, job.value_dim, packed().bits, packed().group, 1, false, packed().small, {tail.kind, tail.data, tail.head, row},
+                       codes.data(), scale.data(), zero.data()};
+        for (int i = 0; i < job.h; i++) encode(e, i, 0, 1);
+        Run &to = packed();
+        put(to.data, to.head, to.n, codes, job.h);
+        put(to.scale, to.scale_head, to.n, scale, job.h);
+        put(to.zero, to.zero_head, to.n, zero, job.h);
+        to.n++, tail.n--, tail.data += row;
     }
     Standing(const Standing &) = delete;
 
