@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,9 +11,27 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, QuantizedCache, StaticCache
 
 import kvloom
+from kvloom.bench import models
+from kvloom.bench.timing import Tell, silent
 from kvloom.core.attach import attach
+from kvloom.core.profile import default_path
+from kvloom.core.registry import recipes
+from kvloom.core.view import text_config
+from kvloom.errors import ModelError, ProfileError, RecipeError
 
-__all__ = ["AGAINST", "BACKENDS", "RECIPES", "STOCK", "LeftOut", "cache_for", "copied", "nbytes", "quantized", "switch"]
+__all__ = [
+    "AGAINST",
+    "BACKENDS",
+    "RECIPES",
+    "STOCK",
+    "LeftOut",
+    "cache_for",
+    "codecs",
+    "copied",
+    "nbytes",
+    "quantized",
+    "switch",
+]
 
 STOCK = "DynamicCache"
 RECIPES = ("full", "streamingllm", "h2o", "snapkv", "razorattention", "mikv", "kivi(bits=2)", "snapkv | kivi")
@@ -23,18 +42,44 @@ BACKENDS: dict[str, dict[str, int]] = {  # options that transformers advises; 4 
     "fp8": {},
 }
 AGAINST = ("StaticCache", *BACKENDS)
+TEXT = 4096  # tokens that a profile of a random model is made of
 
 
 class LeftOut(Exception):
     """A contender that cannot take part; the text says why."""
 
 
-def cache_for(model: PreTrainedModel, name: str) -> Cache:
-    """DynamicCache or a recipe's cache; the model's attention is registered to match."""
+def codecs(model: PreTrainedModel) -> list[str]:
+    """Every recipe that stores numbers in fewer bits or channels, at its default options, and others of which two ways count."""
+    found = []
+    for name in recipes():
+        made = kvloom.parse(name)
+        with contextlib.suppress(RecipeError):  # it looks at weights first
+            made = made.sketched(text_config(model))
+        if not all(kind.exact for kind in made.kinds.values()):
+            found.append(name)
+    return [*found, "xkv(keys='post-rope')", "xquant(across=True)", "million(width=4)"]
+
+
+def cache_for(model: PreTrainedModel, name: str, tell: Tell = silent) -> Cache:
+    """DynamicCache or a recipe's cache; the model's attention is registered to match.
+
+    What a recipe has to learn of a random model it learns of random text: its time is the same. Raises LeftOut where it lacks a
+    profile of another model or can't serve it.
+    """
     if name == STOCK:
         kvloom.detach(model)
         return DynamicCache(config=model.config)
-    return kvloom.KVCache(model, name)
+    try:
+        return kvloom.KVCache(model, name)
+    except ProfileError as error:
+        learn = kvloom.parse(name).calibrate
+        if learn is None or model.config._name_or_path:
+            raise LeftOut(str(error)) from error
+        learn(model, models.prompt(model, TEXT)[0], default_path(model, name.partition("(")[0]), tell)
+        return kvloom.KVCache(model, name)
+    except (RecipeError, ModelError) as error:
+        raise LeftOut(str(error)) from error
 
 
 def switch(model: PreTrainedModel, cache: Cache) -> None:

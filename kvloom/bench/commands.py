@@ -77,6 +77,7 @@ def decode(
     *,
     tokens: Numbers | None = None,
     cache: Caches = None,
+    codecs: bool = False,
     against: Caches = None,
     rounds: Rounds = 9,
     json: Json = False,
@@ -93,16 +94,19 @@ def decode(
             Without it: nano and random.
         tokens: Lengths of the prompt. Without it: 2048, 8192, 16384 and 32768, as far as the model has positions.
         cache: A recipe; give it once per recipe. Without it: full, snapkv, kivi in 4 and 2 bits, h2o, snapkv | kivi.
+        codecs: Instead, full and every recipe that stores numbers in fewer bits or channels. The random model gets the profiles
+            that some need; no other cache stands beside them, unless --against names one. Half an hour behind 16384 tokens.
         against: StaticCache, or QuantizedCache with the packing of quanto, hqq or fp8; give it once per cache. Without
             it: all that are installed.
     """
     from kvloom.bench import decode as bench
     from kvloom.bench import models
     from kvloom.bench.caches import AGAINST
+    from kvloom.bench.caches import codecs as every
 
     lengths = list(bench.LENGTHS) if tokens is None else _numbers("--tokens", tokens)
-    recipes = _recipes(cache, bench.RECIPES)
-    others = list(dict.fromkeys(against or AGAINST))
+    recipes = _recipes(cache, () if codecs else bench.RECIPES)
+    others = list(dict.fromkeys(against or (() if codecs else AGAINST)))
     for name in others:
         if name not in AGAINST:
             raise KvloomError("--against: " + unknown("cache", name, AGAINST))
@@ -110,6 +114,8 @@ def decode(
     found = bench.Decode([], [])
     for name in (model,) if model else ("nano", "random"):
         network = models.load(name)
+        if codecs:
+            recipes = list(dict.fromkeys([*recipes, "full", *every(network)]))
         fit = bench.lengths_of(network, lengths)
         found.left_out.extend(f"{name}: {n:,} tokens: it has fewer positions" for n in lengths if n not in fit)
         with progress(bench.steps(len(fit), len(recipes), len(others), rounds), live=False) as tell:

@@ -13,7 +13,7 @@ from kvloom.kernels.tile import NEAR, Stage, Term, Tile
 __all__ = ["SUM", "TILE", "Unread", "described"]
 
 Described = tuple[Any, ...]
-TABLE, TILE, SUM = 5, 6, 7  # these and the following as in native/job.h
+TABLE, TILE, SUM, TRITS = 5, 6, 7, 11  # these and the following as in native/job.h
 MOST, WIDEST = 512, 8192
 _KIND = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _PLACES = {torch.int16: 8, torch.int32: 9}
@@ -50,6 +50,12 @@ def _base(tile: Tile, packed: Callable[..., Described | None]) -> Described:
     if tile.kind == "minmax":
         _must(tile.base[0] == "tokens" or tile.base_width % 8 == 0)
         return _groups(tile, packed, None)
+    if tile.kind == "trits":
+        codes, group, size = tile.base
+        _must(size.dtype in _KIND, codes.shape[2] * 5 >= group * tile.base_width, size[0].is_contiguous())
+        _, at, head, row, *_ = _field((codes, group), tile.n, {torch.uint8: 0}, codes.shape[2]) or ()
+        wide = 0 if len(size) == 1 else size.stride(0) * size.itemsize
+        return TRITS, tile.n, at, head, 0, row, group, size.data_ptr(), wide, _KIND[size.dtype]
     codes, bits, table, each = tile.base
     count = tile.base_width // each
     _must(bits in (1, 2, 3, 4, 8), codes.dtype == torch.uint8, codes.shape[2] * 8 == count * bits, count % 8 == 0)
@@ -110,8 +116,18 @@ def described(term: Term, n: int, packed: Callable[..., Described | None], kept:
     tensors += [each[0] for stage in tile.stages if stage.op != "turn" for each in stage.fields if each is not None]
     tensors += [x for x in (term.q, None if term.right is None else term.right[0]) if x is not None]
     heads = {x.shape[0] for x in tensors} - {1}
+    reads, whose = tile.heads, 0
+    if reads is not None:
+        own = (term.q, None if term.right is None else term.right[0])  # of who reads
+        held = {x.shape[0] for x in tensors if all(x is not mine for mine in own)} - {1}
+        _must(len(held) <= 1, int(reads.min()) >= 0, int(reads.max()) < max(held, default=1))
+        _must(all(mine is None or len(mine) in (1, len(reads)) for mine in own))
+        kept.append(reads)
+        heads, whose = {len(reads)}, reads.data_ptr()
     _must(len(heads) <= 1)
-    if tile.kind == "minmax" and not tile.stages and term.right is None:  # codes that are multiplied as they are
+    if (
+        tile.kind == "minmax" and not tile.stages and term.right is None and reads is None
+    ):  # codes that are multiplied as they are
         found = _groups(tile, packed, term.q)
         _must(tile.width <= MOST)
         kept.extend(x for x in (*tile.base, term.q) if isinstance(x, Tensor))
@@ -131,4 +147,4 @@ def described(term: Term, n: int, packed: Callable[..., Described | None], kept:
         _must(term.q.dtype == torch.float32, term.q.is_contiguous(), right is not None or term.q.shape[2] == width)
         kept.append(term.q)
         q = term.q.data_ptr()
-    return TILE, n, (base,), q, tile.base_width, width, tuple(stages), right, max(heads, default=1)
+    return TILE, n, (base,), q, tile.base_width, width, tuple(stages), right, max(heads, default=1), whose

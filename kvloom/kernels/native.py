@@ -114,7 +114,7 @@ def packed(
 
 def tile(n: int, terms: list[Term], kept: list[Tensor]) -> Described | None:
     """Describes a run of n slots that is the sum of terms; None where the kernels can't read it."""
-    if not hasattr(_native, "max_width") or any(x.q is not None and x.q.shape[1] > FEW_ROWS for x in terms):
+    if getattr(_native, "version", 0) < 2 or any(x.q is not None and x.q.shape[1] > FEW_ROWS for x in terms):
         return None
     try:
         found = tuple(lower.described(term, n, packed, kept) for term in terms)

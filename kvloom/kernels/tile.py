@@ -42,10 +42,11 @@ class Tile:
 
     n: int
     width: int
-    kind: Literal["dense", "codes", "minmax"]
+    kind: Literal["dense", "codes", "minmax", "trits"]
     base: tuple[Any, ...]
     base_width: int
     stages: tuple[Stage, ...] = field(default=())
+    heads: Tensor | None = None  # whose slots each head reads, [h] int32; None: its own
 
     @staticmethod
     def dense(x: Tensor) -> Tile:
@@ -69,6 +70,13 @@ class Tile:
         else:
             n, width = codes.shape[1], codes.shape[2] * 8 // bits
         return Tile(n, width, "minmax", (along, bits, group, codes, scale, zero), width)
+
+    @staticmethod
+    def trits(codes: Tensor, group: int, size: Tensor) -> Tile:
+        """-1, 0 or 1 times the size of a channel in a group of tokens: codes [h or 1, n / group, bytes] uint8, of which each holds
+        five of a group's [D, group] in base 3; size [h or 1, n / group, D].
+        """
+        return Tile(codes.shape[1] * group, size.shape[2], "trits", (codes, group, size), size.shape[2])
 
     def _then(self, op: Op, *fields: tuple[Tensor, int] | None, width: int | None = None, **more: Any) -> Tile:
         stage = Stage(op, fields, **more)
@@ -100,6 +108,10 @@ class Tile:
     def expand(self, matrix: Tensor) -> Tile:
         """x @ matrix [h or 1, width, D]."""
         return self._then("expand", (matrix[:, None], 0), width=matrix.shape[2], numbers=(matrix.shape[2], 0, 0))
+
+    def read_by(self, heads: Tensor) -> Tile:
+        """The same for other heads, each of which reads one of these: heads [h], which."""
+        return replace(self, heads=heads.to("cpu", torch.int32).contiguous())
 
     def unit(self) -> Tile:
         """Every slot brought to length 1."""

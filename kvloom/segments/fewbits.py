@@ -8,6 +8,7 @@ from torch import Tensor
 from kvloom.core.codec import Block, Codec, Const
 from kvloom.errors import RecipeError
 from kvloom.kernels.pack import pack, unpack
+from kvloom.kernels.tile import Tile
 
 __all__ = ["Sign", "Ternary"]
 
@@ -48,6 +49,10 @@ class _Grouped(Codec):
 class Sign(_Grouped):
     """One bit: x is read as its sign times the size, which is the size of least error for given signs."""
 
+    def tile(self, block: Block, const: Const) -> Tile | None:
+        size = block["size"]
+        return Tile.minmax("tokens", 1, self.group, block["codes"], size.float() * 2, -size.float())
+
     def encode(self, x: Tensor, const: Const) -> Block:
         grouped, size = self._sized(x)
         return {"codes": pack((grouped >= 0).to(torch.uint8), 1), "size": size}
@@ -61,6 +66,9 @@ class Sign(_Grouped):
 
 class Ternary(_Grouped):
     """Zero where |x| is at most half of the size, else its sign; read as code times size. Five codes take a byte."""
+
+    def tile(self, block: Block, const: Const) -> Tile | None:
+        return Tile.trits(block["codes"], self.group, block["size"])
 
     def encode(self, x: Tensor, const: Const) -> Block:
         grouped, size = self._sized(x)

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvloom.core.codec import Block, Codec, Const, Plane
 from kvloom.core.site import Site
 from kvloom.errors import RecipeError
+from kvloom.kernels.tile import Tile
 from kvloom.segments.nested import Nested
 
 if TYPE_CHECKING:
@@ -73,6 +74,10 @@ class Pooled(Nested):
 
     def decode(self, block: Block, const: Const) -> Tensor:
         return self.inner.decode(block, const)[const["reads"]]
+
+    def tile(self, block: Block, const: Const) -> Tile | None:
+        tile = self.inner.tile(block, const)
+        return None if tile is None else tile.read_by(const["reads"])
 
     def nbytes(self, n: int, heads: int, dim: int, itemsize: int) -> int:
         return self.inner.nbytes(n, heads // min(self.join, heads), dim, itemsize)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,15 +20,15 @@ from kvloom.segments.nested import Nested
 __all__ = ["Project"]
 
 
-@lru_cache(maxsize=4)
-def _ones(room: int) -> Tensor:
+@cache
+def _one() -> Tensor:
     with torch.inference_mode(False):
-        return torch.ones(1, room, 1, dtype=torch.float16)
+        return torch.ones(1, 1, 1)
 
 
 def ones_of(n: int) -> Tensor:
-    """[1, n, 1], one piece of memory for all."""
-    return _ones(1 << max(n, 1 << 14).bit_length())[:, :n]
+    """[1, n, 1], one number for all."""
+    return _one().expand(1, n, 1)
 
 
 class Project(Nested):
@@ -134,10 +134,12 @@ class Project(Nested):
     def terms(self, block: Block, const: Const, q: Tensor | None) -> list[Term] | None:
         """Coordinates asked by q U, summed and then turned back; the mean as one more coordinate, always 1."""
         basis = self._basis(block, const, next(iter(block.values())))
-        if len(basis) > 1 < basis.shape[1]:
-            return None  # kernels know heads that share nothing, or all
+        groups, join = basis.shape[:2]
         basis = basis.flatten(0, 1)
         terms = self.inner.terms(self.within(block), const, None if q is None else q @ basis)
+        if terms is not None and groups > 1 < join:
+            reads = torch.arange(groups).repeat_interleave(join)
+            terms = [replace(term, tile=term.tile.read_by(reads)) for term in terms]
         if terms is None or "mean" not in const:
             return terms if terms is None or q is not None else [term.then(basis.contiguous()) for term in terms]
         mean = const["mean"].float().flatten(0, 1)[..., None]  # [h, D, 1]

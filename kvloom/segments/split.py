@@ -11,6 +11,7 @@ from torch import Tensor
 from kvloom.core.codec import Block, Codec, Const, Plane
 from kvloom.core.site import Site
 from kvloom.errors import RecipeError
+from kvloom.kernels.tile import Term
 
 if TYPE_CHECKING:
     from kvloom.core.step import Step
@@ -87,6 +88,21 @@ class ByRange(Codec):
                 out = part if out is None else out.add_(part)
         assert out is not None
         return out
+
+    def terms(self, block: Block, const: Const, q: Tensor | None) -> list[Term] | None:
+        order = const["order"][0].long()
+        wide, found = self.width(len(order)), list[Term]()
+        for codec, mine, some in zip(
+            (self.hard, self.easy), self._parts(block), (order[:wide], order[wide:]), strict=True
+        ):
+            if not mine:
+                continue
+            terms = codec.terms(mine, const, None if q is None else q[..., some].contiguous())
+            if terms is None:
+                return None
+            back = torch.nn.functional.one_hot(some, len(order)).float().T[None].contiguous()
+            found += terms if q is not None else [term.then(back) for term in terms]
+        return found
 
     def _parts(self, block: Block) -> tuple[Block, Block]:
         easy = {name.removeprefix("easy_"): y for name, y in block.items() if name.startswith("easy_")}

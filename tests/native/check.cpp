@@ -266,6 +266,8 @@ void many(const Set &set, Kind kind, int g, int m, int n, int D, int V, bool cau
     expect(set.name, what, error, kind == FLOAT32 ? 1e-5 : kind == FLOAT16 ? 2e-3 : 2e-2), expect(set.name, what, far, 1e-4), expect(set.name, what, wrong, 1e-3);
 }
 
+#include "tiles.h"
+
 // Every set gives the bytes of the first.
 void encoded(const std::vector<Set> &all, bool tokens, int bits, int group, int D, Kind kind) {
     const int h = 2;
@@ -309,6 +311,12 @@ int main(int argc, char **argv) {  // [set or all] [quick]
             for (bool causal : {true, false}) {
                 many(set, kind, 3, 130, 130, 64, 64, causal, 0), many(set, kind, 1, 7, 7, 80, 72, causal, 20);
                 many(set, kind, 2, 97, 65, 8, 40, causal, 0), many(set, kind, 2, 65, 200, 128, 96, causal, 0);
+            }
+        for (int rows : {1, 4, 7})
+            for (bool others : {false, true}) {
+                for (int D : {8, 40, 64}) tiled(set, FLOAT32, rows, D, 24, others), tiled(set, FLOAT32, rows, D, 5, others);
+                for (int each : {2, 4, 8, 16}) tiled(set, TABLE, rows, 64, each, others);
+                tiled(set, TRITS, rows, 64, 24, others), tiled(set, TRITS, rows, 40, 8, others), tiled(set, TRITS, rows, 24, 264, others);
             }
         printf("%s: done\n", set.name);
     }

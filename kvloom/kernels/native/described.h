@@ -47,6 +47,7 @@ Run run_of(PyObject *t, bool whole) {
         PyObject *stages = PyTuple_GET_ITEM(t, 6);
         for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(stages); i++) run.stages.push_back(stage_of(PyTuple_GET_ITEM(stages, i)));
         run.right = field_of(PyTuple_GET_ITEM(t, 7));
+        if (PyTuple_GET_SIZE(t) > 9) run.heads = pointer<const int32_t>(t, 9);
         return run;
     }
     check(t, 5);
@@ -62,6 +63,11 @@ Run run_of(PyObject *t, bool whole) {
         if (PyTuple_GET_SIZE(t) > 13) run.width = int(number(t, 13));
     } else if (PyTuple_GET_SIZE(t) > 5) {  // the base of a tile
         run.row = number(t, 5);
+        if (run.kind == TRITS) {
+            check(t, 10);
+            run.group = int(number(t, 6)), run.scale = pointer<const uint8_t>(t, 7), run.scale_head = number(t, 8);
+            run.small = Kind(number(t, 9));
+        }
         if (run.kind == TABLE) {
             check(t, 9);
             run.bits = int(number(t, 6)), run.group = int(number(t, 7));

@@ -9,8 +9,9 @@ namespace kvloom {
 constexpr int SPLIT = 512;  // slots of one partial result: fixed, so that sums are the same for any number of threads
 constexpr int MAX_ROWS = 64, MAX_DIM = 512, MAX_WIDTH = 8192;
 
-// Numbers; packed codes with groups along ...; codes of a table; a tile that is made in steps; a sum; places and exponents.
-enum Kind : int { FLOAT32, FLOAT16, BFLOAT16, TOKENS, CHANNELS, TABLE, TILE, SUM, INT16, INT32, EXPONENT };
+// Numbers; packed codes with groups along ...; codes of a table; a tile that is made in steps; a sum; places and exponents;
+// numbers of -1, 0 and 1.
+enum Kind : int { FLOAT32, FLOAT16, BFLOAT16, TOKENS, CHANNELS, TABLE, TILE, SUM, INT16, INT32, EXPONENT, TRITS };
 
 // A tensor of which a row belongs to `per` slots (0: to all). Heads are `head` bytes apart (0: they share it), rows `row`.
 struct Field {
@@ -46,6 +47,7 @@ struct Stage {
 //   TOKENS     data [h, n / group, D, group * bits / 8], scale and zero [h, n / group, D]
 //   CHANNELS   data [h, n, D * bits / 8], scale and zero [h, n, D / group]
 //   TABLE      data [h, n, M * bits / 8]; code i of a slot stands for the numbers table[i or 0, code], D / M of them
+//   TRITS      data [h, n / group, row], five of the group's [D, group] numbers to a byte, base 3; size (in `scale`) [h, n / group, D]
 //   TILE       inner[0] decoded to `width` numbers a slot, then `stages`; `wide` numbers in the end. With right [D, wide],
 //              what is stored is the product of both: keys are asked with q right, sums of values multiplied by right^T
 //   SUM        the sum of `inner`
@@ -60,8 +62,9 @@ struct Run {
     Kind small = FLOAT16;  // dtype of scale and zero
     const float *q = nullptr;  // key planes: queries [h, R, D]
     bool whole = false;        // packed codes may be multiplied in whole numbers, by weights of 8 bits
-    int64_t row = 0;           // dense rows of a tile and rows of TABLE: bytes from one to the next
+    int64_t row = 0;           // dense rows of a tile, rows of TABLE, groups of TRITS: bytes from one to the next
     int width = 0, wide = 0;
+    const int32_t *heads = nullptr;  // TILE: whose slots each head reads, where not its own; `right` is the reader's
     Field table, right;
     std::vector<Run> inner = {};
     std::vector<Stage> stages = {};

@@ -58,37 +58,42 @@ const Kernels &kernels() {
 struct Item {
     int job, segment, head;
     int64_t start, stop;
+    size_t part;  // where its result goes
 };
 
 // Splits depend on the segments alone and are merged in their order: the same bits for any number of threads and any batch.
+// All heads take their turn at a split before the next one: what they share is still in cache.
 void attend(const std::vector<const Job *> &jobs, int threads) {
     std::vector<Item> items;
     std::vector<size_t> first;  // of every head of every job
     double work = 0;
     size_t floats = 0;
-    for (int j = 0; j < int(jobs.size()); j++)
-        for (int head = 0; head < jobs[j]->h; head++) {
-            first.push_back(items.size());
-            for (int s = 0; s < int(jobs[j]->segments.size()); s++)
-                for (int64_t at = 0, n = jobs[j]->segments[s].n; at < n; at += SPLIT) {
-                    items.push_back({j, s, head, at, at + SPLIT < n ? at + SPLIT : n});
+    for (int j = 0; j < int(jobs.size()); j++) {
+        size_t each = 0, split = 0;
+        for (const Segment &segment : jobs[j]->segments) each += size_t((segment.n + SPLIT - 1) / SPLIT);
+        const size_t from = items.size();
+        for (int head = 0; head < jobs[j]->h; head++) first.push_back(from + head * each);
+        for (int s = 0; s < int(jobs[j]->segments.size()); s++)
+            for (int64_t at = 0, n = jobs[j]->segments[s].n; at < n; at += SPLIT, split++)
+                for (int head = 0; head < jobs[j]->h; head++) {
+                    items.push_back({j, s, head, at, at + SPLIT < n ? at + SPLIT : n, from + head * each + split});
                     floats += size_t(jobs[j]->rows) * (jobs[j]->value_dim + 2);
                     work += double(items.back().stop - at) * jobs[j]->rows * (jobs[j]->dim + jobs[j]->value_dim);
                 }
-        }
+    }
     first.push_back(items.size());
     std::vector<float> room(floats);
     std::vector<Partial> parts(items.size());
     float *at = room.data();
-    for (size_t i = 0; i < items.size(); i++) {
-        const Job &job = *jobs[items[i].job];
-        parts[i] = {at, at + job.rows * job.value_dim, at + job.rows * (job.value_dim + 1)};
+    for (const Item &item : items) {
+        const Job &job = *jobs[item.job];
+        parts[item.part] = {at, at + job.rows * job.value_dim, at + job.rows * (job.value_dim + 1)};
         at += job.rows * (job.value_dim + 2);
     }
     Pool::get().run(int(items.size()), work > WORTH ? threads : 1, [&](int i) {
         const Item &item = items[i];
         const Job &job = *jobs[item.job];
-        kernels().attend(job, job.segments[item.segment], item.head, item.start, item.stop, parts[i]);
+        kernels().attend(job, job.segments[item.segment], item.head, item.start, item.stop, parts[item.part]);
     });
     size_t n = 0;
     for (const Job *job : jobs)
@@ -136,7 +141,7 @@ NB_MODULE(_native, m) {
     m.attr("whole") = kernels().whole;  // whether it multiplies packed codes in whole numbers where it may
     m.attr("max_dim") = MAX_DIM;
     m.attr("max_width") = MAX_WIDTH;  // of what a tile begins with
-    m.attr("version") = 1;
+    m.attr("version") = 2;  // of the descriptions
     m.def(
         "attend",
         [](nb::list described, int threads) {

@@ -159,22 +159,57 @@ inline void product_of(const Stage &stage, int head, int64_t t, int m, int width
     }
 }
 
+// y [R, V W] = x [R, width] times V W columns of a matrix, whose sums stay in registers.
+template <int R, int V, class T>
+inline void strip(const float *x, int step, const T *matrix, int wide, int width, float *y, int wide_step) {
+    vf a[R], b[R];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++) a[r] = b[r] = vf{};
+    for (int i = 0; i < width; i++) {
+        const vf u = load(matrix + int64_t(i) * wide), v = V > 1 ? load(matrix + int64_t(i) * wide + W) : u;
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++) {
+            const vf each = splat(x[r * step + i]);
+            a[r] += each * u;
+            if (V > 1) b[r] += each * v;
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++) {
+        store(y + r * wide_step, a[r]);
+        if (V > 1) store(y + r * wide_step + W, b[r]);
+    }
+}
+template <class T>
+inline void times(const float *x, int m, int width, int step, const T *matrix, int wide, float *y, int wide_step) {
+    const auto columns = [&](auto V, int d) {
+        const auto rows = [&](auto R, int i) { strip<R.value, V.value>(x + i * step, step, matrix + d, wide, width, y + i * wide_step + d, wide_step); };
+        int i = 0;
+        for (; i + 6 <= m && i + 8 != m; i += 6) rows(std::integral_constant<int, 6>(), i);
+        for (; i + 4 <= m; i += 4) rows(std::integral_constant<int, 4>(), i);
+        for (; i < m; i++) rows(std::integral_constant<int, 1>(), i);
+    };
+    int d = 0;
+    for (; d + 2 * W <= wide; d += 2 * W) columns(std::integral_constant<int, 2>(), d);
+    for (; d + W <= wide; d += W) columns(std::integral_constant<int, 1>(), d);
+    if (d < wide && wide >= W) columns(std::integral_constant<int, 1>(), wide - W), d = wide;
+    for (; d < wide; d++)
+        for (int i = 0; i < m; i++) {
+            float found = 0;
+            for (int j = 0; j < width; j++) found += x[i * step + j] * scalar(matrix + int64_t(j) * wide + d);
+            y[i * wide_step + d] = found;
+        }
+    for (int i = 0; i < m; i++)
+        for (d = wide; d < wide_step; d++) y[i * wide_step + d] = 0;
+}
+
 // y [m, wide] = x times a matrix [width, wide].
 inline void expand(const Stage &stage, int head, int m, int width, int step, const float *x, float *y, int wide_step) {
     const int wide = stage.x;
     const uint8_t *matrix = row_of(stage.a, head, 0);
-    memset(y, 0, size_t(m) * wide_step * sizeof(float));
-    const auto rows = [&](auto R, int i) {
-        alignas(64) float out[4 * MAX_DIM] = {};
-        const float *from = x + i * step;
-        if (stage.a.kind == FLOAT16) dense_mix<R.value>(from, step, reinterpret_cast<const F16 *>(matrix), width, wide, out);
-        else if (stage.a.kind == BFLOAT16) dense_mix<R.value>(from, step, reinterpret_cast<const BF16 *>(matrix), width, wide, out);
-        else dense_mix<R.value>(from, step, reinterpret_cast<const F32 *>(matrix), width, wide, out);
-        for (int r = 0; r < R.value; r++) memcpy(y + (i + r) * wide_step, out + r * wide, wide * sizeof(float));
-    };
-    int i = 0;
-    for (; i + 4 <= m; i += 4) rows(std::integral_constant<int, 4>(), i);
-    for (; i < m; i++) rows(std::integral_constant<int, 1>(), i);
+    if (stage.a.kind == FLOAT16) times(x, m, width, step, reinterpret_cast<const F16 *>(matrix), wide, y, wide_step);
+    else if (stage.a.kind == BFLOAT16) times(x, m, width, step, reinterpret_cast<const BF16 *>(matrix), wide, y, wide_step);
+    else times(x, m, width, step, reinterpret_cast<const F32 *>(matrix), wide, y, wide_step);
 }
 
 inline void unit(int m, int width, int step, float *x) {

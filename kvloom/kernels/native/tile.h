@@ -1,6 +1,7 @@
 // Attention over what is decoded tile by tile: a block of slots that stays in the first cache while it is used.
 #pragma once
 
+#include "lookup.h"
 #include "stages.h"
 #include "table.h"
 
@@ -57,9 +58,10 @@ inline const float *decode_tile(const Run &run, const Plan &plan, int head, int6
     case TABLE: decode_table(base, head, t, m, width, x, step); break;
     case CHANNELS: decode_channels(base, head, t, m, width, x, step); break;
     case TOKENS:
+    case TRITS:
         for (int64_t at = t; at < t + m;) {
             const int64_t next = (at / base.group + 1) * base.group, end = next < t + m ? next : t + m;
-            decode_tokens(base, head, at, int(end - at), width, x + (at - t) * step, step);
+            (base.kind == TRITS ? decode_trits : decode_tokens)(base, head, at, int(end - at), width, x + (at - t) * step, step);
             at = end;
         }
         break;
@@ -122,6 +124,9 @@ inline void decode_thin(const Run &run, int head, int64_t t, int m, float *x) {
     for (int j = 0; j < width; j++)
         for (int i = 0; i < 64; i++) x[j * 64 + i] = rows[i * width + j];
 }
+// One number that all slots share: a mean.
+inline bool single(const Run &run) { return thin(run) && run.width == 1 && run.inner[0].row == 0; }
+inline float number_of(const Run &run, int head) { return one(run.inner[0].kind, run.inner[0].data + head * run.inner[0].head); }
 // Slots are taken so many at a time that a chunk of `right` ends where they do.
 template <class F>
 void each_thin(const Run &run, int head, int64_t a, int64_t b, F f) {
@@ -186,6 +191,7 @@ inline float *beside(size_t floats) {
 template <int R>
 void tile_dot(const Run &run, const float *q, float scale, int head, int64_t a, int64_t b, int D, float *s, int stride) {
     const Plan plan(run);
+    const int whose = run.heads ? run.heads[head] : head;
     const int step = plan.step;
     float *by = beside(size_t(2 * R) * MAX_DIM + (run.right.data ? size_t(D) * step : 0)), *right = by + 2 * R * MAX_DIM;
     float *scaled = by + R * MAX_DIM, all[R];
@@ -205,8 +211,16 @@ void tile_dot(const Run &run, const float *q, float scale, int head, int64_t a, 
         }
     };
     int64_t asked = -1;
+    if (single(run) && !run.right.per) {
+        ask(a);
+        for (int r = 0; r < R; r++)
+            for (int64_t i = 0; i < b - a; i++) s[r * stride + i] = by[r * step] * number_of(run, whose);
+        return;
+    }
+    if constexpr (R == 4)
+        if (looked_up(run)) return table_dot(run, q, scale, whose, a, b, s, stride);
     if (thin(run)) {
-        each_thin(run, head, a, b, [&](int64_t t, int m, const float *x) {
+        each_thin(run, whose, a, b, [&](int64_t t, int m, const float *x) {
             const int64_t now = run.right.per ? t / run.right.per : 0;
             if (now != asked) ask(t), asked = now;
             alignas(64) float lanes[64];
@@ -226,11 +240,11 @@ void tile_dot(const Run &run, const float *q, float scale, int head, int64_t a, 
             ask(t);
             alignas(64) float close[R * MAX_DIM];  // without the zeros behind each query
             for (int r = 0; r < R; r++) memcpy(close + r * plan.wide, by + r * step, plan.wide * sizeof(float));
-            with_rows(run, head, t, [&](auto rows) { dense_dot<R>(close, rows, end - t, plan.wide, s + (t - a), stride); });
+            with_rows(run, whose, t, [&](auto rows) { dense_dot<R>(close, rows, end - t, plan.wide, s + (t - a), stride); });
         });
         return;
     }
-    each_tile(run, plan, head, a, b, [&](int64_t t, int m, const float *x) {
+    each_tile(run, plan, whose, a, b, [&](int64_t t, int m, const float *x) {
         const int64_t now = run.right.per ? t / run.right.per : 0;
         if (now != asked) ask(t), asked = now;
         float *mine = s + (t - a);
@@ -238,12 +252,12 @@ void tile_dot(const Run &run, const float *q, float scale, int head, int64_t a, 
         if (plan.folded) {
             float size[64], zero[64];
             if (plan.folded->a.data) {
-                column(plan.folded->a, head, t, m, size);
+                column(plan.folded->a, whose, t, m, size);
                 for (int r = 0; r < R; r++)
                     for (int i = 0; i < m; i++) mine[r * stride + i] *= size[i];
             }
             if (plan.folded->b.data) {
-                column(plan.folded->b, head, t, m, zero);
+                column(plan.folded->b, whose, t, m, zero);
                 for (int r = 0; r < R; r++)
                     for (int i = 0; i < m; i++) mine[r * stride + i] += zero[i] * all[r];
             }
@@ -255,6 +269,7 @@ void tile_dot(const Run &run, const float *q, float scale, int head, int64_t a, 
 template <int R>
 void tile_mix(const Run &run, int head, int64_t a, int64_t b, int D, const float *p, int stride, float *out) {
     const Plan plan(run);
+    const int whose = run.heads ? run.heads[head] : head;
     const int step = plan.step;
     const bool apart = run.right.data || step != D;
     float *room = beside(size_t(2 * R) * MAX_DIM + (run.right.data ? size_t(D) * step : 0)), *right = room + 2 * R * MAX_DIM;
@@ -278,8 +293,20 @@ void tile_mix(const Run &run, int head, int64_t a, int64_t b, int D, const float
         memset(total, 0, R * step * sizeof(float));
     };
     int64_t last = a;
+    if (apart && single(run) && !run.right.per) {
+        for (int r = 0; r < R; r++) {
+            vf sums[4] = {};
+            int64_t i = 0;
+            for (; i + 4 * W <= b - a; i += 4 * W)
+                for (int k = 0; k < 4; k++) sums[k] += load(p + r * stride + i + k * W);
+            float found = sum(sums[0] + sums[1] + (sums[2] + sums[3]));
+            for (; i < b - a; i++) found += p[r * stride + i];
+            total[r * step] = found * number_of(run, whose);
+        }
+        return give(a);
+    }
     if (apart && thin(run)) {
-        each_thin(run, head, a, b, [&](int64_t t, int m, const float *x) {
+        each_thin(run, whose, a, b, [&](int64_t t, int m, const float *x) {
             if (run.right.per && t / run.right.per != last / run.right.per) give(last);
             last = t;
             alignas(64) float weights[64];
@@ -298,14 +325,14 @@ void tile_mix(const Run &run, int head, int64_t a, int64_t b, int D, const float
     if (apart && plain(run)) {
         each_chunk(run, a, b, [&](int64_t t, int64_t end) {
             alignas(64) float close[R * MAX_DIM] = {};
-            with_rows(run, head, t, [&](auto rows) { dense_mix<R>(p + (t - a), stride, rows, end - t, plan.wide, close); });
+            with_rows(run, whose, t, [&](auto rows) { dense_mix<R>(p + (t - a), stride, rows, end - t, plan.wide, close); });
             for (int r = 0; r < R; r++)
                 for (int d = 0; d < plan.wide; d++) total[r * step + d] += close[r * plan.wide + d];
             give(t);
         });
         return;
     }
-    each_tile(run, plan, head, a, b, [&](int64_t t, int m, const float *x) {
+    each_tile(run, plan, whose, a, b, [&](int64_t t, int m, const float *x) {
         if (run.right.per && t / run.right.per != last / run.right.per) give(last);
         last = t;
         const float *by = p + (t - a);
@@ -313,12 +340,12 @@ void tile_mix(const Run &run, int head, int64_t a, int64_t b, int D, const float
         float weights[R * 64], number[64];
         if (plan.folded) {
             if (plan.folded->b.data) {
-                column(plan.folded->b, head, t, m, number);
+                column(plan.folded->b, whose, t, m, number);
                 for (int r = 0; r < R; r++)
                     for (int i = 0; i < m; i++) all[r] += by[r * stride + i] * number[i];
             }
             if (plan.folded->a.data) {
-                column(plan.folded->a, head, t, m, number);
+                column(plan.folded->a, whose, t, m, number);
                 for (int r = 0; r < R; r++)
                     for (int i = 0; i < m; i++) weights[r * 64 + i] = by[r * stride + i] * number[i];
                 by = weights, by_stride = 64;

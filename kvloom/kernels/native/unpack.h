@@ -224,4 +224,39 @@ inline void decode_tokens(const Run &run, int head, int64_t t, int n, int D, flo
     }
 }
 
+// What every byte of TRITS stands for, plus 1.
+struct Trits {
+    uint8_t of[256][8] = {};
+    Trits() {
+        for (int b = 0; b < 256; b++)
+            for (int i = 0, rest = b; i < 5; i++, rest /= 3) of[b][i] = uint8_t(rest % 3);
+    }
+};
+
+// The same of a run of TRITS.
+inline void decode_trits(const Run &run, int head, int64_t t, int n, int D, float *x, int step) {
+    static const Trits trits;
+    const int G = run.group, from = int(t % G), count = D * G;
+    const int64_t u = t / G;
+    static thread_local Scratch<float> scratch;
+    float *size = scratch.room(size_t(2) * D + count / 4 + 16), *zero = size + D;
+    uint8_t *codes = reinterpret_cast<uint8_t *>(zero + D);
+    numbers(run.small, run.scale + head * run.scale_head, u * D, D, size);
+    for (int d = 0; d < D; d++) zero[d] = -size[d];
+    const uint8_t *data = run.data + head * run.head + u * run.row;
+    for (int i = 0; 5 * i < count; i++) memcpy(codes + 5 * i, trits.of[data[i]], 8);
+    int d = 0;
+#if defined(__AVX2__)
+    for (; d + 8 <= D; d += 8) {
+        const uint8_t *rows = codes + d * G + from;
+        int i = 0;
+        for (; i + 8 <= n; i += 8) eight_by_eight(rows + i, G, size + d, zero + d, x + i * step + d, step);
+        for (; i < n; i++)
+            for (int j = 0; j < 8; j++) x[i * step + d + j] = rows[j * G + i] * size[d + j] + zero[d + j];
+    }
+#endif
+    for (; d < D; d++)
+        for (int i = 0; i < n; i++) x[i * step + d] = codes[d * G + from + i] * size[d] + zero[d];
+}
+
 }  // namespace
