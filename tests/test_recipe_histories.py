@@ -166,9 +166,12 @@ def test_weights_in_blocks_are_those_of_whole_rows(family: str, ahead: float) ->
                 unseen = table.index[0] > torch.arange(step.length - 150, step.length)[:, None]
                 want[:, :, unseen] = ahead
                 got = torch.full_like(want, ahead)
-                for place, start, p in step.blocks(table, 150, ahead):
+                for place, start, p in step.blocks(table, torch.arange(step.q.shape[2] - 150, step.q.shape[2]), ahead):
                     got[:, :, place - step.length + 150, start : start + p.shape[-1]] = p
                 torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+                some = torch.tensor([3, 77, 140]) + step.q.shape[2] - 150
+                mass = want[:, :, [3, 77, 140]].masked_fill(unseen[[3, 77, 140]], 0.0).sum(2)
+                torch.testing.assert_close(step.probed(table, some), mass, atol=1e-5, rtol=1e-4)
                 seen.append(table.n)
             return super().__call__(step, table)
 

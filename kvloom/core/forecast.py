@@ -191,7 +191,7 @@ class _Step(Step):
     def rows(self, table: Table, newest: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         yield torch.tensor([self.length - 1]), torch.rand(self.heads, 1, 1, table.n)
 
-    def blocks(self, table: Table, newest: int, ahead: float = 0.0) -> Iterator[tuple[Tensor, int, Tensor]]:
+    def blocks(self, table: Table, rows: Tensor, ahead: float = 0.0) -> Iterator[tuple[Tensor, int, Tensor]]:
         yield torch.tensor([self.length - 1]), 0, torch.rand(self.heads, 1, 1, table.n)
 
     def window(self, table: Table, rows: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,26 +132,22 @@ class Step:
                 parts.append(s)
             yield place, parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
-    def blocks(self, table: Table, newest: int, ahead: float = 0.0) -> Iterator[tuple[Tensor, int, Tensor]]:
-        """As `rows`, some slots at a time, which is twice as fast: (place in the text [b], first slot of the table, weights [h, g, b, c]).
-
-        For forwards of several rows. `ahead`: what slots get that a row does not see.
+    def blocks(self, table: Table, rows: Tensor, ahead: float = 0.0) -> Iterator[tuple[Tensor, int, Tensor]]:
+        """As `rows`, of some rows [r], ascending, and some slots at a time: (place in the text [b], first slot of the table,
+        weights [h, g, b, c]). Twice as fast. For forwards of several rows; `ahead`: what slots get that a row does not see.
         """
-        h, g, m, dim = self.q.shape
+        h, g, m, _ = self.q.shape
         log2e, soft, device = math.log2(math.e), self.logits.softcap is not None, self.q.device
-        each = max(16, (BLOCK if device.type == "cpu" else BLOCK << 5) // (h * g * COLUMNS))
-        first, before = m - min(m, newest), 0
-        q = self.q[:, :, first:].float() * (self.logits.scale * (1.0 if soft else log2e))
-        lse = self.lse[:, :, first:, None] * log2e
-        place = torch.arange(self.first + first, self.first + m, device=device)
+        each, before = max(16, (BLOCK if device.type == "cpu" else BLOCK << 5) // (h * g * COLUMNS)), 0
+        q = self.q[:, :, rows].float() * (self.logits.scale * (1.0 if soft else log2e))
+        lse, place, at = self.lse[:, :, rows, None] * log2e, self.first + rows, rows.tolist()
         for name, segment in table.parts:
             logw, since = segment.column("logw"), segment.n - m if name == "main" else segment.n
             for start in range(0, segment.n, COLUMNS):
                 stop = min(start + COLUMNS, segment.n)
                 keys = segment.key.dense(start, stop).float().mT
-                for top in range(max(0, start - since - first) // each * each, m - first, each):
-                    rows = slice(top, min(top + each, m - first))
-                    some, less = q[:, :, rows].reshape(h, -1, dim), lse[:, :, rows].reshape(h, -1, 1)
+                for top in range(bisect_left(at, start - since), len(at), each):
+                    some, less = (x[:, :, top : top + each].reshape(h, -1, x.shape[-1]) for x in (q, lse))
                     if soft:
                         s = self.logits.cap(some @ keys) * log2e - less
                     else:
@@ -158,9 +155,10 @@ class Step:
                     if logw is not None:
                         s += logw[:, None, start:stop] * log2e
                     p = s.exp2_().view(h, g, -1, stop - start)
-                    if stop - since > first + top + 1:
-                        p.masked_fill_(segment.index[:, None, None, start:stop] > place[rows, None], ahead)
-                    yield place[rows], before + start, p
+                    where = place[top : top + each]
+                    if stop - since > at[top] + 1:
+                        p.masked_fill_(segment.index[:, None, None, start:stop] > where[:, None], ahead)
+                    yield where, before + start, p
             before += segment.n
 
     def probed(self, table: Table, rows: Tensor) -> Tensor:
@@ -168,20 +166,10 @@ class Step:
 
         In tiles, so nothing of size T x T exists. The step must have all rows of its forward.
         """
-        h, g, m, _ = self.q.shape
-        q, lse = (x[:, :, rows].flatten(1, 2) for x in (self.q, self.lse))
-        parts, each = [], max(64, CHUNK // max(1, q.shape[0] * q.shape[1]))
-        for name, segment in table.parts:
-            last = (rows + segment.n - m).repeat(g) if name == "main" else rows.new_full((g * len(rows),), segment.n)
-            logw = segment.column("logw")
-            for start in range(0, segment.n, each):
-                stop = min(start + each, segment.n)
-                s = self.logits.cap(reference.logits(q, segment.key.dense(start, stop), self.logits.scale))
-                s = reference.exp_(s.sub_(lse[..., None]))
-                s.masked_fill_(torch.arange(start, stop, device=s.device) > last[:, None], 0.0)
-                seen = s.unflatten(1, (g, -1)).sum(2)
-                parts.append(seen if logw is None else seen * logw[:, None, start:stop].exp())
-        return torch.cat(parts, -1)
+        total = torch.zeros(*self.q.shape[:2], table.n, device=self.q.device)
+        for _, start, p in self.blocks(table, rows):
+            total[..., start : start + p.shape[-1]] += p.sum(2)
+        return total
 
     def window(self, table: Table, rows: int) -> Tensor:
         """Attention of the newest `rows` queries over what is stored now, summed: [h, g, n] fp32."""

@@ -45,11 +45,10 @@ class Unimportant:
                     low += (p.mean(1) < 1 / (place - shift)[:, None]).sum(1)
             else:
                 # weights as shares of the average; what a row does not see is no rare choice of it
-                share = (
-                    torch.arange(step.first, step.length, device=table.device).sub_(shift).clamp_min_(1)
-                    / step.q.shape[1]
-                )
-                for _, start, p in replace(step, lse=step.lse - share.log()).blocks(table, late, ahead=torch.inf):
+                sees = torch.arange(step.first, step.length, device=table.device).sub_(shift).clamp_min_(1)
+                rows, share = torch.arange(m - late, m, device=table.device), sees / step.q.shape[1]
+                scaled = replace(step, lse=step.lse - share.log())
+                for _, start, p in scaled.blocks(table, rows, ahead=torch.inf):
                     rare = p.sum(1) < 1 - EVEN
                     low[:, start : start + p.shape[-1]] += rare.view(torch.uint8).sum(1, dtype=torch.int32)
             if m < self.window:
