@@ -29,6 +29,10 @@ def build(first: float, gap: float, limit: int | None, faults: frozenset[str]) -
         told = {} if limit is None else {"max_model_len": limit}
         return {"object": "list", "data": [{"id": "none", "object": "model"} | told]}
 
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {}
+
     @app.get("/seen")
     def asked() -> list[dict[str, Any]]:
         return seen
