@@ -13,17 +13,20 @@ import torch
 from torch import Tensor
 
 from kvloom.core.cache import KVCache, KVLayer
-from kvloom.core.codec import Codec, Plane
+from kvloom.core.codec import Codec
+from kvloom.core.codec import Plane as PlaneName
 from kvloom.core.kind import EXACT
-from kvloom.core.portable import Part, Shape, checked, fields_of, movable
+from kvloom.core.layer import Layer
+from kvloom.core.plane import Plane
+from kvloom.core.portable import Part, Shape, checked, fields_of, movable, shape_of
 from kvloom.core.recipe import Recipe
 from kvloom.core.run import Buffer, Run
 from kvloom.errors import CacheError
 
-PLANES: tuple[Plane, Plane] = ("key", "value")
+PLANES: tuple[PlaneName, PlaneName] = ("key", "value")
 Fields = dict[str, tuple[int, tuple[int, ...], torch.dtype]]
 
-__all__ = ["Assembly", "block_of", "blockwise", "rowwise"]
+__all__ = ["Assembly", "adopt", "block_of", "blockwise", "rowwise"]
 
 
 def blockwise(recipe: Recipe) -> bool:
@@ -56,6 +59,21 @@ def _frozen(recipe: Recipe, n: int) -> dict[str, int]:
 def _codecs(recipe: Recipe) -> dict[str, Codec]:
     main = recipe.kinds["main"]
     return {"key": main.key, "value": main.value}
+
+
+def adopt(cache: KVCache, layers: Sequence[Layer]) -> KVCache:
+    """An empty cache with these layers of one sequence in it, so that what works on caches works on them. Returns the cache."""
+    for layer, inner in zip(movable(cache), layers, strict=True):
+        if inner.length:
+            _begin(layer, shape_of(inner.site), "cpu")
+            layer.rows[0].layer, layer.seen = inner, inner.length
+    return cache
+
+
+def _begin(layer: KVLayer, shape: Shape, device: torch.device | str) -> None:
+    heads, *dims, dtype = shape
+    key, value = (torch.empty(1, heads, 0, dim, dtype=dtype, device=device) for dim in dims)
+    layer.lazy_initialization(key, value)
 
 
 def block_of(cache: KVCache, start: int, stop: int) -> dict[Part, Tensor]:
@@ -101,7 +119,7 @@ def _slots(runs: Sequence[Run], start: int, stop: int) -> dict[str, Tensor]:
 
 
 class Assembly:
-    """Puts an empty cache together from the parts of the blocks of its text, first to last.
+    """Puts a cache together from the parts of the blocks of its text, behind those that it holds already, first to last.
 
     `shapes`: of the keys and values of every layer. `room`: tokens that will be held soon, so that they find room.
     """
@@ -109,7 +127,7 @@ class Assembly:
     def __init__(self, cache: KVCache, shapes: Sequence[Shape], room: int, device: torch.device | str = "cpu") -> None:
         self.cache, self.shapes, self.room, self.device = cache, shapes, room, device
         self.layers = movable(cache)
-        self.length = 0
+        self.length = cache.get_seq_length()
         self._held: dict[Part, list[Tensor]] = {}
         self._tails: dict[Part, list[tuple[int, Tensor]]] = {}
         self._fields: dict[tuple[Shape, str], Fields] = {}
@@ -142,7 +160,7 @@ class Assembly:
             self._tails.setdefault(part, []).append((first, x if rows is None else x[:, :rows]))
         self.length = stop if rows is None else start + rows
 
-    def _fields_of(self, layer: KVLayer, shape: Shape, which: Plane, dim: int) -> Fields:
+    def _fields_of(self, layer: KVLayer, shape: Shape, which: PlaneName, dim: int) -> Fields:
         if (shape, which) not in self._fields:
             codec = _codecs(self.cache.recipe)[which]
             self._fields[shape, which] = fields_of(codec, shape[0], dim, shape[3], codec.const(layer.site, which))
@@ -150,36 +168,38 @@ class Assembly:
 
     def finish(self) -> None:
         """Fills the cache with what came."""
-        if not self.length:
-            return
         recipe, n = self.cache.recipe, self.length
-        frozen, codecs = _frozen(recipe, n), _codecs(recipe)
+        if n == self.cache.get_seq_length():
+            return
+        frozen = _frozen(recipe, n)
         for layer, shape in zip(self.layers, self.shapes, strict=True):
-            heads, key_dim, value_dim, dtype = shape
-            blank = [torch.empty(1, heads, 0, dim, dtype=dtype, device=self.device) for dim in (key_dim, value_dim)]
-            layer.lazy_initialization(*blank)
+            if not layer.rows:
+                _begin(layer, shape, self.device)
             inner = layer.rows[0].layer
             (group,) = inner.groups
             segment = group.segments["main"]
             for which, plane in zip(PLANES, (segment.key, segment.value), strict=True):
-                done, codec = frozen[which], codecs[which]
-                if done:
-                    names = self._fields[shape, which]
-                    fields = {name: self._held[Part(layer.site.layer, which, name)] for name in names}
-                    run = Run(codec, {name: x[0][:, :0] for name, x in fields.items()}, plane.const, plane.tap)
-                    for name, pieces in fields.items():
-                        run.fields[name] = self._buffer(pieces, codec.per[name], self.room)
-                    plane.runs.append(run)
-                if done < n:
-                    tail = [
-                        x[:, max(0, done - first) :]
-                        for first, x in self._tails[Part(layer.site.layer, which, "x")]
-                        if first + x.shape[1] > done
-                    ]
-                    run = Run(EXACT, {"x": tail[0][:, :0]}, {})
-                    run.fields["x"] = self._buffer(tail, 1, self.room - done)
-                    plane.runs.append(run)
+                self._fill(plane, which, layer.site.layer, frozen[which], shape)
             segment.n = inner.length = inner.prompt = layer.seen = n
+
+    def _fill(self, plane: Plane, which: PlaneName, layer: int, done: int, shape: Shape) -> None:
+        """`done`: slots that are encoded in the end."""
+        codec, before, n = plane.codec, plane.frozen, plane.n
+        tails = list(self._tails.get(Part(layer, which, "x"), ()))
+        if done > before:
+            if before < n:  # rows of earlier blocks that were encoded since, or are to stand behind those that were
+                tails.insert(0, (before, torch.cat([x.fields["x"].view for x in plane.runs if x.codec.exact], 1)))
+                plane.runs = [x for x in plane.runs if not x.codec.exact]
+            fields = {name: self._held[Part(layer, which, name)] for name in self._fields[shape, which]}
+            run = Run(codec, {name: x[0][:, :0] for name, x in fields.items()}, plane.const, plane.tap, before)
+            for name, pieces in fields.items():
+                run.fields[name] = self._buffer(pieces, codec.per[name], self.room)
+            plane.runs.append(run)
+        tail = [x[:, max(0, done - first) :] for first, x in tails if first + x.shape[1] > done]
+        if tail:
+            run = Run(EXACT, {"x": tail[0][:, :0]}, {})
+            run.fields["x"] = self._buffer(tail, 1, max(0, self.room - done))
+            plane.runs.append(run)
 
     def _buffer(self, pieces: list[Tensor], per: int, room: int) -> Buffer:
         return Buffer.of(pieces, per, room // per, self.device)

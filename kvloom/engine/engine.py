@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
@@ -19,7 +20,11 @@ from kvloom.engine.request import Finish, Output, Request
 from kvloom.engine.sampling import choose
 from kvloom.engine.scheduler import Plan, Sarathi, Scheduler
 from kvloom.engine.sequence import Outline, Sequence
-from kvloom.errors import Full, KvloomError, RequestError
+from kvloom.errors import Full, KvloomError, RequestError, StoreError
+
+if TYPE_CHECKING:
+    from kvloom.engine.shelf import Shelf
+    from kvloom.store import Store
 
 __all__ = ["Engine"]
 
@@ -41,9 +46,11 @@ class Engine:
         keep: whether beginnings of prompts are kept for those that begin alike.
         queue: requests that may wait.
         adapters: folders of LoRA adapters by the names that requests ask for them by. Those in use are part of `memory`.
+        store: where beginnings are looked for that are not in memory, and written when they are kept. It stays the caller's to close.
+        deadline: seconds that a request waits for it.
 
     Not for several threads: one thread calls it. Raises ModelError and RecipeError for what packed steps can't serve, RequestError
-    for a memory too small for one part of a prompt.
+    for a memory too small for one part of a prompt, StoreError for caches that can't be stored.
     """
 
     def __init__(
@@ -59,6 +66,8 @@ class Engine:
         keep: bool = True,
         queue: int = 4096,
         adapters: Mapping[str, str | Path] | None = None,
+        store: Store | None = None,
+        deadline: float = 2.0,
     ) -> None:
         config = text_config(model)
         self.model, self.recipe, self.part = model, recipe, part
@@ -72,12 +81,30 @@ class Engine:
         self.adapters = Adapters(model, self.pool, adapters)
         self.packed = Packed(model)
         self.prefix = Prefix(part, self.pool) if keep else None
+        self.shelf: Shelf | None = None
+        if store is not None:
+            from kvloom.engine.shelf import Shelf
+
+            if not keep:
+                raise StoreError("keep=False: a store holds the beginnings that are kept. Leave one of the two out.")
+            self.shelf = Shelf(store, model, self._outlines, part, deadline, self.pool)
         self.scheduler = scheduler or Sarathi()
         self.queue = queue
         self.live: dict[str, Live] = {}
         self._ready: list[Output] = []
+        self._seconds = 0.0  # that a row of the last step took
         self._counts = dict.fromkeys(
-            ("preempted", "prefix_queries", "prefix_hits", "prompt_tokens", "generated_tokens", "steps", "failed"), 0
+            (
+                "preempted",
+                "prefix_queries",
+                "prefix_hits",
+                "prompt_tokens",
+                "generated_tokens",
+                "steps",
+                "failed",
+                "store_hits",
+            ),
+            0,
         )
 
     def outline(self, recipe: str) -> Outline:
@@ -145,6 +172,8 @@ class Engine:
         found, self._ready = self._ready, []
         plan = self.plan()
         if not plan.granted:
+            if self.shelf is not None and self.shelf.jobs and not (found or self._ready):
+                self.shelf.wait(0.05)
             return found
         self._counts["steps"] += 1
         try:
@@ -157,18 +186,23 @@ class Engine:
 
     def plan(self) -> Plan:
         """Who goes in the next step. Requests begin here, and give up their sequences for others."""
+        if self.shelf is not None:
+            for r, length, sequence in self.shelf.collect():
+                self._came(r, length, sequence)
         plan = Plan(running=sum(not r.waiting for r in self.live.values()))
         full = False
         for r in sorted(self.live.values(), key=self.scheduler.key):
-            if r.request.id not in self.live or r in plan.out or (r.waiting and full):
+            if r.request.id not in self.live or r in plan.out or (r.waiting and full) or r.loading is not None:
+                continue
+            if r.waiting and self.shelf is not None and self.shelf.coming(r):
                 continue
             rows = self.scheduler.want(r, plan)
             if rows > 0 and r.waiting and not self._begin(r, plan):
                 full = r.request.id in self.live  # nobody who waits behind it may overtake it
-            elif rows > 0 and self._room(r, rows, plan):
+            elif rows > 0 and r.loading is None and self._room(r, rows, plan):
                 plan.grant(r, min(rows, self.scheduler.want(r, plan)))
         if (
-            not (plan.granted or plan.running or self._ready) and self.live
+            not (plan.granted or plan.running or self._ready or (self.shelf and self.shelf.jobs)) and self.live
         ):  # with all memory free, who is first does not fit
             r = min(self.live.values(), key=self.scheduler.key)
             self._ready.append(self._end(r, "error", f"out of KV memory: {r.needs:,} of {self.pool.limit:,} bytes."))
@@ -185,7 +219,7 @@ class Engine:
                 return False
         if r.request.adapter:
             try:
-                self.adapters.load(r.request.adapter)
+                r.adapter = self.adapters.load(r.request.adapter).digest
             except KvloomError as error:
                 self._ready.append(self._end(r, "error", error=str(error)))
                 return False
@@ -199,7 +233,19 @@ class Engine:
             r.cached = length
             self._counts["prefix_queries"] += r.prompt
             self._counts["prefix_hits"] += length
+        if self.shelf is not None:
+            self.shelf.fetch(r, (len(tokens) - 1) // self.part * self.part)
         return True
+
+    def _came(self, r: Live, length: int, sequence: Sequence) -> None:
+        """A request goes on from what the store had of it."""
+        assert self.prefix is not None
+        if not r.preempted:
+            self._counts["store_hits"] += length - (r.cached or 0)
+            r.cached = length
+        r.sequence = sequence
+        self.prefix.keep(r.space, r.tokens[:length], sequence)
+        self.pool.hold(r, sequence.storages(), r.outline.more(length, r.covered))
 
     def _room(self, r: Live, rows: int, plan: Plan) -> bool:
         """Makes sure that memory for these rows is promised; others, or `r` itself, give up theirs if need be."""
@@ -233,6 +279,8 @@ class Engine:
         return self.adapters.evict(busy) or (self.prefix is not None and self.prefix.evict())
 
     def _preempt(self, r: Live) -> None:
+        if self.shelf is not None:
+            self.shelf.leave(r)
         r.sequence, r.covered = None, 0
         r.preempted += 1
         self.pool.drop(r)
@@ -246,7 +294,9 @@ class Engine:
             ends.append(n + rows == len(r.tokens))
             parts.append(Part(r.sequence, r.tokens[n : n + rows], ends[-1]))
         with self.adapters.applied((r.request.adapter, rows) for r, rows in plan.granted.items()):
+            start = time.perf_counter()
             logits = self.packed.run(parts)
+            self._seconds = (time.perf_counter() - start) / sum(plan.granted.values())
         for r in plan.granted:
             self._keep(r)
         last = [r for r, end in zip(plan.granted, ends, strict=True) if end]
@@ -278,16 +328,25 @@ class Engine:
             return
         answer = n > r.prompt and r.outline.free
         if self.prefix is not None and n % self.part == 0 and (n in r.marks or answer):
-            self.prefix.keep(r.space, r.tokens[:n], r.sequence)
+            kept = self.prefix.keep(r.space, r.tokens[:n], r.sequence)
+            if self.shelf is not None and kept is not None:
+                self.shelf.save(r, kept, self._seconds)
         if n <= r.prompt:
             self.pool.hold(r, r.sequence.storages(), r.outline.more(n, r.covered))
 
     def _end(self, r: Live, finish: Finish, error: str = "") -> Output:
         del self.live[r.request.id]
         if not r.waiting:
+            if self.shelf is not None:
+                self.shelf.leave(r)
             self.pool.drop(r)
             r.sequence = None
         return Output(r.request.id, finish=finish, cached=r.cached or 0, error=error)
+
+    def close(self) -> None:
+        """Writes what is still to be written to the store."""
+        if self.shelf is not None:
+            self.shelf.close()
 
     def stats(self) -> dict[str, Any]:
         """Numbers of now, and totals since the start."""

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import TYPE_CHECKING
 
 from kvloom.engine.request import Request
 from kvloom.engine.sampling import Sampler
 from kvloom.engine.sequence import Outline, Sequence
+
+if TYPE_CHECKING:
+    from kvloom.engine.shelf import Job
+    from kvloom.store.identity import ChunkKey
 
 __all__ = ["Live"]
 
@@ -25,6 +30,9 @@ class Live:
         self.marks: frozenset[int] = frozenset()  # borders at which it is to be kept
         self.covered = 0  # up to which length memory was promised
         self.preempted = 0
+        self.adapter = ""  # digest of its adapter, once that was read
+        self.loading: Job | None = None  # on the way from the store
+        self.chain: list[ChunkKey] = []  # of the parts of its text
 
     def __hash__(self) -> int:
         return id(self)

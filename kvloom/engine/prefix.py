@@ -76,13 +76,15 @@ class Prefix:
         known = [border for border, _ in self._walk(space, tokens)]
         return frozenset(x for x in (last, *known[-1:]) if x)
 
-    def keep(self, space: Hashable, tokens: List[int], sequence: Sequence) -> None:
-        """Keeps a fork of a sequence that has just been fed exactly these tokens, a whole number of parts."""
+    def keep(self, space: Hashable, tokens: List[int], sequence: Sequence) -> Sequence | None:
+        """Keeps a fork of a sequence that has just been fed exactly these tokens, a whole number of parts. The fork, if it is new."""
         *_, (_, node) = self._walk(space, [*tokens, -1], make=True)
-        if node.sequence is None:
-            node.sequence, node.used = sequence.fork(), next(self._clock)
-            self._kept[node] = None
-            self.pool.hold(node, node.sequence.storages())
+        if node.sequence is not None:
+            return None
+        node.sequence, node.used = sequence.fork(), next(self._clock)
+        self._kept[node] = None
+        self.pool.hold(node, node.sequence.storages())
+        return node.sequence
 
     def evict(self) -> bool:
         """Forgets the least recently used beginning that no longer one follows. False if there is none."""

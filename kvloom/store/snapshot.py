@@ -64,14 +64,17 @@ def add_block(store: Store, key: ChunkKey, hit: Hit, assembly: Assembly, rows: i
     return True
 
 
-def load_whole(store: Store, key: ChunkKey, hit: Hit, cache: KVCache, device: torch.device) -> bool:
-    """Fills an empty cache; False, and the chunk is gone, if it is none of this cache's."""
+def load_whole(
+    store: Store, key: ChunkKey, hit: Hit, cache: KVCache, device: torch.device, length: int | None = None
+) -> bool:
+    """Fills an empty cache; False, and the chunk is gone, if it is none of this cache's. `length`: other than the key's."""
+    length = len(key.tokens) if length is None else length
     tensors: dict[Place, Tensor] = dict(hit.tensors)
     try:
         facts = json.loads(tensors.pop(FACTS).numpy().tobytes())
         load(cache, State(facts, {Part(*place): x for place, x in tensors.items()}), device)
-        if cache.get_seq_length() != len(key.tokens):
-            raise StoreError(f"a state of {cache.get_seq_length()} tokens under a key of {len(key.tokens)}")
+        if cache.get_seq_length() != length:
+            raise StoreError(f"a state of {cache.get_seq_length()} tokens under a key of {length}")
     except (KvloomError, KeyError, TypeError, ValueError, RecursionError) as error:
         _unfit(store, key, error)
         cache.reset()
