@@ -34,7 +34,7 @@ CARD = Card(
     "While decoding the paper never evicts; here the same rule runs again after every `interval` tokens over budget; interval=None is the "
     "paper.",
     open="Prompts in chunks, later turns: each settles when it ends, with its own last tokens as the window.",
-    measured="The document of `kvloom demo`, bundled model, 3,899 tokens, compresskv(budget=512): cache 7.4x smaller, 3 of 4 answers right, KL to the full cache 0.153 nats per token, same top token 75%; with heads=1 1 of 4, 0.298, 81%. snapkv(budget=512) beside it: 7.1x, 0 of 4, 0.275, 62%. The model has four query heads, so heads=4 is all of them: what wins is one choice for all KV heads and the layers' budgets. Of 8 late questions behind 1,200 tokens with half of the cache it answers 8, snapkv 2. Profile from the bundled book: a minute.",
+    measured="The document of `kvloom demo`, bundled model, 3,899 tokens, compresskv(budget=512): cache 7.4x smaller, 3 of 4 answers right, KL to the full cache 0.153 nats per token, same top token 75%; with heads=1 1 of 4, 0.298, 81%. snapkv(budget=512) beside it: 7.1x, 0 of 4, 0.275, 62%. The model has four query heads, so heads=4 is all of them: what wins is one choice for all KV heads and the layers' budgets. Of 8 late questions behind 1,200 tokens with half of the cache it answers 8, snapkv 2. Profile from the bundled book: a minute. Prefill of 8,192 tokens 1.09x the full cache.",
     bytes="budget * ((D_k + D_v) * itemsize + 4) per KV head on average over the layers, and window queries per query head",
 )
 

@@ -40,7 +40,7 @@ CARD = Card(
     "merging (weight='none') 0.0011 and 97%. budget=0.03: 0.017, 0.016 and 0.008. Merging does not pay here: the nearest kept key of "
     "what leaves has a cosine of 0.68 on average, what leaves was hardly looked at, and mixing it in moves the keys and values of "
     "heavy hitters. Counting merged tokens by a log-weight helps little (0.0042)."
-    " Prefill of 8,000 tokens 1.4x that of the full cache, as H2O: a second pass sums the attention of all queries.",
+    " Prefill of 8,192 tokens 1.5x that of the full cache (H2O 1.4x): a second pass sums the attention of all queries.",
     bytes="layers 0, 1 and the last: T * ((D_k + D_v) * itemsize + 8) per KV head; others: budget of the same on average; and 4 numbers "
     "per head",
 )

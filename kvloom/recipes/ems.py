@@ -28,7 +28,7 @@ CARD = Card(
     measured="Bundled model, two pieces of 1,920 tokens of the bundled book and 80 more read one by one, budget=0.1: KL to the full "
     "cache 0.427 nats per token, same top token 79%; without merging (threshold=2.0) 0.440 and 78%; h2o 0.465 and 75%. Four pieces of 1,000 tokens and 100 more read at once: 0.137; without merging 0.166. At a "
     "threshold of 0.6 nothing is merged: values of different tokens are nearly never that alike in this model."
-    " Prefill of 8,000 tokens 1.5x that of the full cache (H2O 1.4x): a second pass sums the attention of all queries.",
+    " Prefill of 8,192 tokens 1.6x that of the full cache (H2O 1.4x): a second pass sums the attention of all queries.",
     bytes="budget * ((D_k + D_v) * itemsize + 8) per KV head: 4 for the place in the text, 4 for the score; and window queries per "
     "query head",
 )

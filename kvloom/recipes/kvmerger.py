@@ -37,7 +37,7 @@ CARD = Card(
     measured="Bundled model, two pieces of 1,920 tokens of the bundled book and 80 more read one by one: budget=0.1: KL to the full "
     "cache 0.34 nats per token, same top token 78%; h2o 0.46 and 75%. budget=0.5: 0.105; h2o 0.155; count='values' 0.67, since the "
     "sum under the softmax does not know of the number. eps=0.75: 65 % of the bytes, 0.003."
-    " Prefill of 8,000 tokens 1.5x that of the full cache (H2O 1.4x): a second pass sums the attention of all queries.",
+    " Prefill of 8,192 tokens 1.6x that of the full cache (H2O 1.4x): a second pass sums the attention of all queries.",
     bytes="budget * ((D_k + D_v) * itemsize + 12) per KV head: 4 each for the place in the text, the score and the count",
 )
 
