@@ -77,7 +77,8 @@ class Layer:
         self.unread: Buffer | None = None
         self.read = 0
         self.carry: dict[str, Any] = {}  # one for all layers of a sequence
-        self.mates, self.policy = recipe.mates(site.layer), recipe.policies(site.layer)
+        own = site.layer if recipe.groups else -1  # else layers of one shape are alike, and a forecast tells one for all
+        self.mates, self.policy = recipe.mates(own), recipe.policies(own)
         self.due: Phase | None = None  # what is left to settle together with other layers
         self._pending: _Pending | None = None
         self._calm: float = 0  # up to this length, a decoded token needs no placement
