@@ -77,7 +77,9 @@ class Layer:
         self.unread: Buffer | None = None
         self.read = 0
         self.carry: dict[str, Any] = {}  # one for all layers of a sequence
-        own = site.layer if recipe.groups else -1  # else layers of one shape are alike, and a forecast tells one for all
+        own = (
+            site.layer if recipe.groups else -1
+        )  # else layers of one shape are alike, and a forecast tells one for all
         self.mates, self.policy = recipe.mates(own), recipe.policies(own)
         self.due: Phase | None = None  # what is left to settle together with other layers
         self._pending: _Pending | None = None
