@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from kvloom.bench import attention, caches, commands, gpu, models, rooflines
+from kvloom.bench import attention, caches, commands, decode, gpu, models, rooflines
 from kvloom.cli import main
 from kvloom.kernels import native
 from tests.refusal import check
@@ -119,6 +120,19 @@ def test_decode_shows_bars_and_who_is_missing(
     main(["bench", "decode", "random", "--tokens", "32", "--cache", "full", "--against", "hqq", "--rounds", "1"])
     out = capsys.readouterr().out
     assert "<= 1.10x" in out and "left out: hqq: not installed (pip install hqq)" in out
+
+
+def test_decode_of_codecs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a recipe learns of a random model is made on the spot; those that can't take part are named."""
+    names = caches.codecs(models.load("random"))
+    assert {"kivi", "think", "xquant", "million", "cskv"} < set(names) and "snapkv" not in names
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(caches, "codecs", lambda model: ["think", "cskv", "xquant(across=True)"])
+    monkeypatch.setattr(decode, "FAR", 64)
+    found = run(capsys, "decode", "random", "--tokens", "64", "--codecs", "--rounds", "1")
+    assert [row["cache"] for row in found["rows"]] == ["DynamicCache", "full", "think", "cskv"]
+    assert [row["bar"] for row in found["rows"]] == [None, None, 1.0, 1.0]
+    assert found["rows"][1]["full"] == 1 and found["left_out"][0].startswith("xquant(across=True): ")
 
 
 def test_a_copied_cache_is_read_as_the_one_it_was_copied_from() -> None:

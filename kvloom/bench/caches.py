@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, Quantize
 
 import kvloom
 from kvloom.bench import models
-from kvloom.bench.timing import Tell, silent
+from kvloom.bench.timing import silent
 from kvloom.core.attach import attach
 from kvloom.core.profile import default_path
 from kvloom.core.registry import recipes
@@ -42,7 +42,7 @@ BACKENDS: dict[str, dict[str, int]] = {  # options that transformers advises; 4 
     "fp8": {},
 }
 AGAINST = ("StaticCache", *BACKENDS)
-TEXT = 4096  # tokens that a profile of a random model is made of
+TEXT = 1024  # tokens that a profile of a random model is made of
 
 
 class LeftOut(Exception):
@@ -61,7 +61,7 @@ def codecs(model: PreTrainedModel) -> list[str]:
     return [*found, "xkv(keys='post-rope')", "xquant(across=True)", "million(width=4)"]
 
 
-def cache_for(model: PreTrainedModel, name: str, tell: Tell = silent) -> Cache:
+def cache_for(model: PreTrainedModel, name: str) -> Cache:
     """DynamicCache or a recipe's cache; the model's attention is registered to match.
 
     What a recipe has to learn of a random model it learns of random text: its time is the same. Raises LeftOut where it lacks a
@@ -76,7 +76,7 @@ def cache_for(model: PreTrainedModel, name: str, tell: Tell = silent) -> Cache:
         learn = kvloom.parse(name).calibrate
         if learn is None or model.config._name_or_path:
             raise LeftOut(str(error)) from error
-        learn(model, models.prompt(model, TEXT)[0], default_path(model, name.partition("(")[0]), tell)
+        learn(model, models.prompt(model, TEXT)[0], default_path(model, name.partition("(")[0]), silent)
         return kvloom.KVCache(model, name)
     except (RecipeError, ModelError) as error:
         raise LeftOut(str(error)) from error

@@ -127,7 +127,7 @@ def _filled(
     for recipe in (STOCK, *recipes):
         tell(f"{n:,} tokens, prefill, {recipe}")
         try:
-            caches[recipe] = cache_for(model, recipe, tell)
+            caches[recipe] = cache_for(model, recipe)
         except LeftOut as why:
             left_out.append(f"{recipe}: {why}")
             continue
