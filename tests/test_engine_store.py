@@ -203,3 +203,47 @@ def test_a_killed_process_leaves_what_the_next_one_finds(tmp_path: Path) -> None
         done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert done.stdout.strip() == repr([(tokens, cached) for tokens in want])
+
+
+@pytest.mark.slow
+def test_a_killed_server_leaves_what_the_next_one_finds(tmp_path: Path) -> None:
+    httpx = pytest.importorskip("httpx")
+    pytest.importorskip("uvicorn")
+    command = [
+        sys.executable,
+        "-m",
+        "kvloom",
+        "serve",
+        "nano",
+        "--port",
+        "0",
+        "--kv-memory",
+        "64MiB",
+        "--store",
+        f"file://{tmp_path}",
+    ]
+    body = {"prompt": text(700), "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+    found = []
+    for _ in range(2):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        try:
+            assert process.stderr is not None
+            head = [process.stderr.readline() for _ in range(4)]
+            assert str(tmp_path) in head[1], head
+            url, end = head[3].split()[0].removesuffix("/v1"), time.monotonic() + 30
+            while True:
+                try:
+                    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+                    break
+                except httpx.ConnectError:
+                    assert time.monotonic() < end
+                    time.sleep(0.1)
+            found.append((answer["choices"][0]["text"], answer["usage"]["prompt_tokens_details"]["cached_tokens"]))
+            while not found[-1][1] and sum(x.stat().st_size > 100_000 for x in tmp_path.rglob("*") if x.is_file()) < 2:
+                assert time.monotonic() < end
+                time.sleep(0.1)
+            time.sleep(0.5)
+        finally:
+            process.kill()
+            process.communicate()
+    assert found[0] == (found[1][0], 0) and found[1][1] == 512

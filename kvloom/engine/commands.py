@@ -27,6 +27,7 @@ def serve(
     allow_cache: Repeated = None,
     adapter: Repeated = None,
     adapters: Path | None = None,
+    store: Repeated = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     kv_memory: str | None = None,
@@ -56,6 +57,8 @@ def serve(
         allow_cache: A recipe that a request may ask for by its field "cache"; give it once per recipe.
         adapter: A LoRA adapter in PEFT's format, as NAME=FOLDER; give it once per adapter. Clients ask for it as model NAME.
         adapters: A folder of adapters, each called by its folder's name. Thousands may be there; those in use share the memory of caches.
+        store: Where beginnings of prompts are kept beyond the memory and the life of this server, as in file:///var/kv?max=20GiB, redis://HOST or
+            s3://BUCKET; give it again for slower tiers behind it. One that is down costs time, never an answer.
         host: Address to listen on. 0.0.0.0 lets other machines in; think of --api-key then.
         port: Port to listen on; 0: any that is free.
         kv_memory: Bytes for all caches together, as in 4GiB. Without it a quarter of the memory that is free at the start. No more is ever
@@ -98,7 +101,7 @@ def serve(
         settings = Settings(
             model=model, cache=cache, allowed=allow_cache or [], memory=memory, note=note, context=max_model_len,
             names=served_model_name or [model], key=api_key, most=max_concurrent, body=body, chunk=chunk, part=part, drain=drain, adapters=known,
-            line=line, tell=_tell,
+            store=store or [], line=line, tell=_tell,
         )  # fmt: skip
         _many_files()
         with suppress(KeyboardInterrupt):

@@ -31,6 +31,7 @@ COUNTERS = (
     ("vllm:num_preemptions", "preempted", "Requests that gave way to others"),
     ("vllm:prefix_cache_queries", "prefix_queries", "Tokens of prompts that were looked for in the cache"),
     ("vllm:prefix_cache_hits", "prefix_hits", "Tokens of prompts that were found in the cache"),
+    ("vllm:external_prefix_cache_hits", "store_hits", "Tokens of prompts that the store had"),
     ("vllm:prompt_tokens", "prompt_tokens", "Tokens of prompts"),
     ("vllm:generation_tokens", "generated_tokens", "Tokens of answers"),
     ("kvloom_steps", "steps", "Forwards of the model"),

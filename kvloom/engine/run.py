@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -20,6 +21,8 @@ from kvloom.engine.scheduler import Sarathi
 from kvloom.engine.server import create_app
 from kvloom.lab.chat import stops_of
 from kvloom.lab.measure import load_model
+from kvloom.store import Store
+from kvloom.store.tier import Address
 
 __all__ = ["Draining", "Settings", "run"]
 
@@ -42,6 +45,7 @@ class Settings:
     part: int
     drain: float
     adapters: Mapping[str, str]
+    store: Sequence[str]
     line: socket.socket
     tell: Callable[[str], None]
 
@@ -64,6 +68,11 @@ def run(settings: Settings) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     for recipe in (settings.cache, *settings.allowed):
         parse(recipe)  # before a model is loaded
+    with Store.open(*settings.store) if settings.store else nullcontext() as store:
+        _serve(settings, store)
+
+
+def _serve(settings: Settings, store: Store | None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model, tokenizer = load_model(settings.model)
@@ -76,6 +85,7 @@ def run(settings: Settings) -> None:
         scheduler=Sarathi(rows=settings.chunk),
         allowed=settings.allowed,
         adapters=settings.adapters,
+        store=store,
     )
     served = Served(
         names=settings.names,
@@ -94,6 +104,7 @@ def run(settings: Settings) -> None:
     )
     _greet(settings, served)
     Draining(config, runner, settings.drain).run(sockets=[settings.line])
+    engine.close()
 
 
 def _greet(settings: Settings, served: Served) -> None:
@@ -106,6 +117,8 @@ def _greet(settings: Settings, served: Served) -> None:
         settings.tell(f"kvloom: {settings.names[0]}, context {served.context:,} tokens")
     if settings.adapters:
         settings.tell(f"{len(settings.adapters):,} adapters")
+    if settings.store:
+        settings.tell(f"beginnings are kept in {', '.join(Address.parse(url).shown for url in settings.store)}")
     settings.tell(f"cache {settings.cache}{more}; KV memory {settings.memory / 2**30:.2f} GiB ({settings.note})")
     if host not in ("127.0.0.1", "::1") and not settings.key:
         settings.tell(f"Whoever reaches {host} can use it: there is no --api-key.")
