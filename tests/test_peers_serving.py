@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
+import importlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,13 +18,10 @@ NANO = ROOT / "kvloom" / "models" / "nano"
 
 
 @pytest.fixture(scope="module")
-def serving() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("serving", ROOT / "benchmarks" / "peers" / "serving.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["serving"] = module  # its dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def serving() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks" / "peers"))
+        yield importlib.import_module("serving")
 
 
 def _stand_in(serving: ModuleType, *options: str) -> Any:
@@ -70,8 +68,10 @@ def test_a_level_is_cut_off(serving: ModuleType, tmp_path: Path) -> None:
 
 
 def test_the_model_folder_holds_nothing_else(serving: ModuleType, tmp_path: Path) -> None:
-    names = {path.name for path in serving.plain(NANO, tmp_path / "model").iterdir()}
-    assert names == set(serving.OWN_FILES)
+    folder = serving.plain(NANO, tmp_path / "model", "bfloat16")
+    assert {path.name for path in folder.iterdir()} == set(serving.OWN_FILES)
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("dtype") == "bfloat16" and config.items() < json.loads((NANO / "config.json").read_text()).items()
 
 
 def test_transformers_gets_room_for_the_work(serving: ModuleType) -> None:
@@ -80,3 +80,21 @@ def test_transformers_gets_room_for_the_work(serving: ModuleType) -> None:
         pages, batch = (int(command[command.index(f"--cb-{name}") + 1]) for name in ("num-blocks", "max-batch-tokens"))
         assert pages * 256 >= kind.users * kind.common + 32 * (kind.prompt - kind.common + kind.output)
         assert 256 <= batch <= 2048 and batch * pages * 256 * 4 <= 1 << 30
+
+
+def test_long_prompts_arrive_beside_talkers(
+    serving: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serving_arrivals = importlib.import_module("serving_arrivals")
+
+    monkeypatch.setattr(serving_arrivals.serving, "kvloom", lambda cache, *options: _stand_in(serving, "--gap", "0.01"))
+    out = tmp_path / "found.json"
+    arguments = ["--chunk", "256", "8192", "--talkers", "2", "--rounds", "2", "--answer", "20", "--output", str(out)]
+    monkeypatch.setattr(sys, "argv", ["serving_arrivals.py", *arguments])
+    serving_arrivals.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["chunk"] for row in rows] == [256, 8192] and all(
+        row["read"] > 3 and row["itl_ms"]["p50"] > 9 for row in rows
+    )
+    assert all(row["tokens_per_second"] > 7000 * row["read"] / 60 for row in rows)
+    assert "chunk 256 costs" in capsys.readouterr().out

@@ -32,7 +32,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +99,10 @@ class Side:
     fields: Callable[[Place], dict[str, Any]] = lambda place: {}
 
 
-def kvloom(cache: str) -> Side:
+def kvloom(cache: str, *options: str) -> Side:
     return Side("", lambda p: [
         "-m", "kvloom", "serve", str(p.model), "--cache", cache, "--host", "127.0.0.1", "--port", str(p.port),
-        "--dtype", p.dtype, "--kv-memory", f"{p.gib}GiB",
+        "--kv-memory", f"{p.gib}GiB", *options,
     ])  # fmt: skip
 
 
@@ -156,12 +156,14 @@ def make(name: str, folder: Path) -> Path:
     return python
 
 
-def plain(model: Path, folder: Path) -> Path:
-    """A folder with the model's own files: vLLM takes whatever else is a .safetensors for weights."""
+def plain(model: Path, folder: Path, dtype: str) -> Path:
+    """A folder with the model's own files, to be loaded in this dtype: vLLM takes whatever else is a .safetensors for weights."""
     folder.mkdir()
     names = [f for f in model.iterdir() if f.name in OWN_FILES or f.name.startswith("model-") or f.suffix == ".model"]
     for found in [*names, *(f for f in [model / "model.safetensors.index.json"] if f.exists())]:
         shutil.copy(found, folder)
+    config = json.loads((model / "config.json").read_text()) | {"dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -306,6 +308,7 @@ def main() -> None:
     parser.add_argument("--gib", type=int, default=2, help="memory for keys and values")
     parser.add_argument("--transformers", type=Path, default=Path(tempfile.gettempdir()) / "kvloom-transformers")
     parser.add_argument("--vllm", type=Path, default=Path(tempfile.gettempdir()) / "kvloom-vllm")
+    parser.add_argument("--users", type=int, default=USERS, help="of `contexts`, for a shorter run")
     parser.add_argument("--scale", type=float, default=1.0, help="times as many requests")
     parser.add_argument(
         "--most", type=float, default=900.0, help="seconds that a server may take to start, and a level to run"
@@ -315,8 +318,9 @@ def main() -> None:
     given = parser.parse_args()
     open_files(max(given.together))
     prompts, rows = Prompts(0, *words_of(given.model)), []
+    kinds = {name: replace(kind, users=given.users if kind.users else 0) for name, kind in WORK.items()}
     with tempfile.TemporaryDirectory() as temporary:
-        model = plain(given.model, Path(temporary) / "model")
+        model = plain(given.model, Path(temporary) / "model", given.dtype)
         logs = given.logs or Path(temporary)
         logs.mkdir(parents=True, exist_ok=True)
         for kind in given.work:
@@ -324,14 +328,14 @@ def main() -> None:
                 side, env = SIDES[name], {"transformers": given.transformers, "vllm": given.vllm}
                 python = make(side.env, env[side.env].absolute()) if side.env else Path(sys.executable)
                 place = Place(
-                    model, free_port(), given.threads, given.dtype, given.gib, WORK[kind], max(given.together)
+                    model, free_port(), given.threads, given.dtype, given.gib, kinds[kind], max(given.together)
                 )
                 began = time.monotonic()
                 try:
                     with served(side, place, python, logs / f"{name} {kind}.log", given.most) as url:
                         ready = time.monotonic() - began
                         levels = asyncio.run(measure(
-                            url, str(model) if side.env else None, side.fields(place), WORK[kind], prompts, given.together, given.scale, given.most
+                            url, str(model) if side.env else None, side.fields(place), kinds[kind], prompts, given.together, given.scale, given.most
                         ))  # fmt: skip
                     rows += [
                         {"side": name, "work": kind, "start_seconds": round(ready, 1), **level} for level in levels
