@@ -316,6 +316,7 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, help="folder for what the servers say; default: a temporary one")
     parser.add_argument("--output", type=Path, help="JSON, written anew after each side")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers end with this program
     open_files(max(given.together))
     prompts, rows = Prompts(0, *words_of(given.model)), []
     kinds = {name: replace(kind, users=given.users if kind.users else 0) for name, kind in WORK.items()}

@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers end with this program
     prompts, rows = Prompts(0, *words_of(given.model)), []
     with tempfile.TemporaryDirectory() as temporary:
         model = serving.plain(given.model, Path(temporary) / "model", given.dtype)
