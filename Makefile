@@ -23,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all fuzz bench lint types clean
+.PHONY: help demo test test-all fuzz soak bench lint types clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -40,6 +40,9 @@ test-all: $(VENV)/.test ## run all tests
 
 fuzz: $(VENV)/.test ## damage stored chunks a million times at random (ARGS="60s 7": for a minute, seed 7)
 	PYTHONPATH=. $(BIN)/python scripts/fuzz.py $(or $(ARGS),1000000)
+
+soak: $(VENV)/.test ## twenty minutes of load on the server: does its memory stay flat? (ARGS=60: one minute)
+	PYTHONPATH=. $(BIN)/python scripts/soak.py $(ARGS)
 
 bench: $(VENV)/.run ## run the benchmarks and print their tables (BENCH=NAME for one)
 	@for name in $(BENCH); do $(BIN)/kvloom bench $$name $(ARGS) || exit 1; done
