@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import subprocess
 import sys
@@ -73,6 +74,16 @@ def test_another_engine_finds_what_one_kept(recipe: str, store: Store) -> None:
     while second.prefix is not None and second.prefix.evict():
         pass
     assert not second.shelf.jobs and (second.pool.used, second.pool.promised, second.pool.holders) == (0, 0, 0)  # type: ignore[union-attr]
+
+
+def test_a_whole_state_is_written_once(store: Store) -> None:
+    """Input rows can't be cut into parts: one state of a prompt is stored, not one at each border."""
+    recipe, ids = "xquant(bits=8)", text(75)
+    first = fresh(store, recipe)
+    want, _ = ask(first, ids)
+    first.close()
+    assert store.stat()["memory://"]["puts"] == 1
+    assert ask(fresh(store, recipe), ids) == (want, 64)
 
 
 @pytest.mark.parametrize("recipe", RECIPES[:2])
@@ -172,6 +183,39 @@ def test_one_reads_for_all_that_begin_alike(store: Store) -> None:
     assert {k: [x.token for x in v] for k, v in got.items()} == {k: [x.token for x in v] for k, v in want.items()}
     assert {v[-1].cached for v in got.values()} == {64}
     assert (store.stat()["memory://"]["hits"] or 0) - hits == 4
+
+
+@pytest.mark.parametrize("seed", [1, 23])
+def test_all_are_served_in_little_memory_over_a_faulty_store(seed: int, tmp_path: Path) -> None:
+    """Requests come, leave, make room for others and read, while parts are written: nobody is lost, nothing leaks."""
+    draw, texts = random.Random(seed), [text(120, seed=i) for i in range(3)]
+    tier = FaultyTier(FileTier(tmp_path), ["delay", "drop"], seed=seed, rate=0.3, on="both", delay=0.03)
+    memory = int(1.5 * fresh(None, KIVI).outline("").more(0, 160))
+    with Store(tier, pause=0.0) as store:
+        engine = fresh(store, KIVI, memory=memory, deadline=0.5)
+        waiting = [
+            Request(
+                draw.choice(texts)[: draw.randint(5, 110)], Sampling(max_tokens=draw.randint(1, 20), temperature=0.0)
+            )
+            for _ in range(10)
+        ]
+        ends: list[Output] = []
+        while waiting or engine.busy:
+            for _ in range(draw.randint(0, 2)):
+                if waiting:
+                    engine.add(waiting.pop())
+            if engine.live and draw.random() < 0.03:
+                engine.abort(draw.choice([*engine.live]))
+            ends += [x for x in engine.step() if x.finish is not None]
+        assert len(ends) == 10 and all(x.finish != "error" for x in ends), [x.error for x in ends]
+        engine.close()
+        assert engine.shelf is not None and engine.prefix is not None
+        while engine.shelf.jobs:
+            list(engine.shelf.collect())
+            time.sleep(0.01)
+        engine.prefix.clear()
+        assert (engine.pool.used, engine.pool.promised, engine.pool.holders) == (0, 0, 0)
+        tier.rate = 0.0
 
 
 def test_what_cannot_be_stored_is_refused(store: Store) -> None:

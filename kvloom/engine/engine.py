@@ -260,6 +260,8 @@ class Engine:
                 continue
             others = [x for x in self.live.values() if not x.waiting and x not in plan.granted]
             victim = self.scheduler.victim(r, plan, others)
+            if victim is r and self.shelf is not None and self.shelf.jobs:
+                return False  # what is being written will give its memory back
             if victim is r and len(others) == 1 and not plan.granted:
                 why = f"out of KV memory at {r.length} tokens, with {self.pool.limit:,} bytes for all caches."
                 self._ready.append(self._end(r, "error", error=why))

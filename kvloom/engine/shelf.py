@@ -178,6 +178,8 @@ class Shelf:
     def save(self, r: Live, sequence: Sequence, seconds: float) -> None:
         """Writes what a sequence that is kept holds, or its last part. `seconds`: what computing a token takes."""
         keys, form = self._keys(r, sequence.length), self._forms[r.outline]
+        if form.whole and r.outline.chains and sequence.length != (r.prompt - 1) // self.part * self.part:
+            return  # a longer state follows, with all of this in it
         key = self._all(keys, form) if form.whole else keys[-1]
         if key.digest in self._known:
             return
