@@ -197,25 +197,18 @@ def test_schemathesis_finds_no_error_of_the_server(site: Site) -> None:
 
 
 def test_the_command_serves_and_stops(tmp_path: Any) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "kvloom",
-        "serve",
-        "nano",
-        "--port",
-        "0",
-        "--kv-memory",
-        "64MiB",
-        "--served-model-name",
-        "small",
-    ]
+    given = f"serve nano --port 0 --kv-memory 64MiB --served-model-name small --store {tmp_path.as_uri()}"
+    command = [sys.executable, "-m", "kvloom", *given.split()]
     environment = {**os.environ, "KVLOOM_API_KEY": "k", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     try:
-        head = [process.stderr.readline() for _ in range(3)]
-        assert "small, context 8,192" in head[0] and "0.06 GiB (as --kv-memory says)" in head[1]
-        url = re.search(r"http://[0-9.:]+", head[2])[0]
+        head = [process.stderr.readline() for _ in range(4)]
+        assert (
+            "small, context 8,192" in head[0]
+            and str(tmp_path) in head[1]
+            and "0.06 GiB (as --kv-memory says)" in head[2]
+        )
+        url = re.search(r"http://[0-9.:]+", head[3])[0]
         end = time.monotonic() + 20
         while True:
             try:
@@ -226,6 +219,7 @@ def test_the_command_serves_and_stops(tmp_path: Any) -> None:
                 time.sleep(0.05)
         answers: list[httpx.Response] = []
         body = {"prompt": "One two", "max_tokens": 150, "ignore_eos": True}
+        body["prompt"] *= 200  # so that there is something to keep
         ask = {"json": body, "headers": {"Authorization": "Bearer k"}, "timeout": 60}
         caller = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/completions", **ask)))
         caller.start()
@@ -236,6 +230,7 @@ def test_the_command_serves_and_stops(tmp_path: Any) -> None:
         assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] == 150
         out, err = process.communicate(timeout=30)
         assert process.returncode in (0, -signal.SIGTERM) and out == "" and "Traceback" not in err
+        assert any(path.is_file() and path.stat().st_size > 10_000 for path in tmp_path.rglob("*"))
     finally:
         process.kill()
         process.communicate()

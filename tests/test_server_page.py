@@ -30,7 +30,9 @@ def test_the_page_lives(nano: Any, scheme: str) -> None:
         with httpx.stream("POST", f"{site.url}/v1/completions", json=body):
             site.until(lambda: text("running") == "3")
             site.until(lambda: int(text("out").replace(",", "")) > 10 and "ms" in text("itl"))
-            assert text("kinds") == "full 300 B" and text("tiers") == "memory 300 B" and text("hits") == "50.0 %"
+            assert (
+                text("kinds") == "full 300 B" and text("tiers") == "memory of caches 300 B" and text("hits") == "50.0 %"
+            )
         site.until(lambda: text("running") == "0" and "abort 3" in text("ended"))
         lines = browser.find_elements("css selector", "polyline")
         assert len(lines) == 6 and all(len(line.get_attribute("points").split()) > 2 for line in lines)

@@ -55,7 +55,8 @@ class Meter:
     """
 
     def __init__(self, model: str, stats: Callable[[], Mapping[str, Any]]) -> None:
-        self.model, self.stats, self.born = model, stats, time.monotonic()
+        self.model, self._engine, self.born = model, stats, time.monotonic()
+        self.tiers: Mapping[str, int] = {}  # bytes that the store's tiers hold, as far as known
         self.registry = CollectorRegistry()
         self.finished: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
@@ -71,6 +72,11 @@ class Meter:
             "e2e": histogram("vllm:e2e_request_latency_seconds", "From a request to its end", WHOLE),
         }
         self.registry.register(self)
+
+    def stats(self) -> dict[str, Any]:
+        """The engine's numbers, and where bytes are held."""
+        found = dict(self._engine())
+        return found | {"bytes_by_tier": {"memory of caches": found.get("kv_bytes", 0), **self.tiers}}
 
     def saw(self, output: Output, clock: Clock, now: float) -> None:
         """One output, which came now."""

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import transformers
@@ -98,13 +99,28 @@ def _serve(settings: Settings, store: Store | None) -> None:
         adapters=settings.adapters,
     )
     runner = Runner(engine, settings.names[0])
-    app = create_app(runner, served, key=settings.key, most=settings.most, body=settings.body, drain=settings.drain)
+    app = create_app(
+        runner,
+        served,
+        key=settings.key,
+        most=settings.most,
+        body=settings.body,
+        drain=settings.drain,
+        tiers=None if store is None else partial(_tiers, store),
+    )
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=int(settings.drain) + 5
     )
     _greet(settings, served)
-    Draining(config, runner, settings.drain).run(sockets=[settings.line])
-    engine.close()
+    try:
+        Draining(config, runner, settings.drain).run(sockets=[settings.line])
+    finally:
+        engine.close()
+
+
+def _tiers(store: Store) -> dict[str, int]:
+    """Bytes that each tier holds, of those that answer."""
+    return {name: held["nbytes"] or 0 for name, held in store.stat().items() if "nbytes" in held}
 
 
 def _greet(settings: Settings, served: Served) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from kvloom.engine.gate import Gate, handle_errors
 from kvloom.engine.metrics import CONTENT_TYPE
 from kvloom.engine.protocol import Chat, Completion, Detokenize, Failure, Tokenize
 from kvloom.engine.runner import Runner, Stream
-from kvloom.errors import Full
+from kvloom.errors import Full, KvloomError
 
 __all__ = ["create_app"]
 
 PAGE = Path(__file__).parent / "static" / "index.html"
+LOOK = 5.0  # seconds between looks at the store's tiers
 BODY = 32 * 2**20  # bytes of a body at most
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
@@ -38,6 +39,7 @@ def create_app(
     most: int = 2048,
     body: int = BODY,
     drain: float = 30.0,
+    tiers: Callable[[], Mapping[str, int]] | None = None,
 ) -> FastAPI:
     """The application; starts the runner and drains it at its end.
 
@@ -46,6 +48,7 @@ def create_app(
         most: answers in work at once, those that wait included; beyond it, 429.
         body: bytes of a request's body at most.
         drain: seconds for answers in work when the server is stopped.
+        tiers: bytes that each tier of a store holds; may take its time.
     """
 
     @contextlib.asynccontextmanager
@@ -136,14 +139,25 @@ def create_app(
         """Of kvloom."""
         return {"version": app.version}
 
+    looked = 0.0
+
+    async def look() -> None:
+        nonlocal looked
+        if tiers is not None and time.monotonic() - looked > LOOK:
+            looked = time.monotonic()
+            with contextlib.suppress(KvloomError):
+                runner.meter.tiers = await asyncio.to_thread(tiers)
+
     @app.get("/metrics")
     async def metrics() -> Response:
         """For Prometheus."""
+        await look()
         return Response(runner.meter.text(), media_type=CONTENT_TYPE)
 
     @app.get("/stats")
     async def stats() -> dict[str, Any]:
         """The same numbers for the live page."""
+        await look()
         about = {"model": served.names[0], "recipe": served.recipe, "context": served.context, "version": app.version}
         return about | runner.meter.page()
 
