@@ -1,4 +1,4 @@
-"""The command line: `kvloom demo`, `compare`, `generate`, `recipes`, `check`, `doctor`, `calibrate`, `inspect`, `bench`, `store`, `load`, `serve`.
+"""The command line: `kvloom demo`, `compare`, `generate`, `recipes`, `check`, `doctor`, `calibrate`, `inspect`, `bench`, `store`, `load`, `serve`, `batch`.
 
 Results go to stdout (tables, or JSON with --json), progress and errors to stderr. An error of kvloom ends with code 2.
 """
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from kvloom.bench.commands_coding import app as bench
 from kvloom.core.registry import Registry
+from kvloom.engine.batch_command import batch
 from kvloom.engine.commands import serve
 from kvloom.engine.load.commands import app as load
 from kvloom.errors import KvloomError, StoreError
@@ -59,6 +60,7 @@ app.command(lab)
 app.command(_store())
 app.command(load)
 app.command(serve)
+app.command(batch)
 Limit = Annotated[int, Parameter(help="Tokens of one answer, at most.")]
 Page = Annotated[Path | None, Parameter(help="Write the result as a self-contained HTML page to this file.")]
 

@@ -23,7 +23,7 @@ SHARE = 20  # ... or one slot in this many, where that is more: 5 % of the buffe
 class Buffer:
     """A tensor [h, n, ...] that grows along dim 1; one row spans `per` slots (0: it is one row and stays so)."""
 
-    __slots__ = ("data", "n", "per", "start")
+    __slots__ = ("__weakref__", "data", "n", "per", "start")
 
     def __init__(self, first: Tensor, per: int = 1) -> None:
         self.start, self.n, self.per = 0, 0, per

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from kvloom.core.harder import check
 from kvloom.core.view import text_config
 from kvloom.engine.adapters import Adapters
 from kvloom.engine.live import Live
+from kvloom.engine.memory import Memory
 from kvloom.engine.packed import Packed, Part
 from kvloom.engine.pool import Pool
 from kvloom.engine.prefix import Prefix
@@ -20,6 +22,7 @@ from kvloom.engine.request import Finish, Output, Request
 from kvloom.engine.sampling import choose
 from kvloom.engine.scheduler import Plan, Sarathi, Scheduler
 from kvloom.engine.sequence import Outline, Sequence
+from kvloom.engine.swap import Swap
 from kvloom.errors import Full, KvloomError, RequestError, StoreError
 
 if TYPE_CHECKING:
@@ -29,10 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["Engine"]
 
 log = logging.getLogger("kvloom.engine")
-QUANTUM = 64  # decoded tokens for which memory is promised at once
 
 
-class Engine:
+class Engine(Memory):
     """Answers many requests at once, each over its own cache under a recipe.
 
     Args:
@@ -48,6 +50,8 @@ class Engine:
         adapters: folders of LoRA adapters by the names that requests ask for them by. Those in use are part of `memory`.
         store: where beginnings are looked for that are not in memory, and written when they are kept. It stays the caller's to close.
         deadline: seconds that a request waits for it.
+        swap: where caches wait that a scheduler swaps out; None: they are given up and fed again.
+        squeeze: a stricter recipe for those that a scheduler squeezes; "": none are.
 
     Not for several threads: one thread calls it. Raises ModelError and RecipeError for what packed steps can't serve, RequestError
     for a memory too small for one part of a prompt, StoreError for caches that can't be stored.
@@ -68,6 +72,8 @@ class Engine:
         adapters: Mapping[str, str | Path] | None = None,
         store: Store | None = None,
         deadline: float = 2.0,
+        swap: Swap | None = None,
+        squeeze: str = "",
     ) -> None:
         config = text_config(model)
         self.model, self.recipe, self.part = model, recipe, part
@@ -89,13 +95,19 @@ class Engine:
                 raise StoreError("keep=False: a store holds the beginnings that are kept. Leave one of the two out.")
             self.shelf = Shelf(store, model, self._outlines, part, deadline, self.pool)
         self.scheduler = scheduler or Sarathi()
-        self.queue = queue
+        self.scheduler.prefix = self.prefix
+        self.queue, self.swap, self.usual = queue, swap, self._outlines[recipe]
+        self.harder = Outline(model, squeeze, self.context, part) if squeeze else None
+        if self.harder is not None:
+            check(self.usual.recipe, self.harder.recipe)
         self.live: dict[str, Live] = {}
         self._ready: list[Output] = []
         self._seconds = 0.0  # that a row of the last step took
         self._counts = dict.fromkeys(
             (
                 "preempted",
+                "swapped",
+                "squeezed",
                 "prefix_queries",
                 "prefix_hits",
                 "prompt_tokens",
@@ -176,8 +188,11 @@ class Engine:
                 self.shelf.wait(0.05)
             return found
         self._counts["steps"] += 1
+        begun = time.perf_counter()
         try:
-            return found + self._run(plan)
+            found += self._run(plan)
+            self.scheduler.ran(plan, time.perf_counter() - begun)
+            return found
         except Exception as error:  # whatever it is: the others go on
             log.exception("a step of %d requests failed", len(plan.granted))
             self._counts["failed"] += len(plan.granted)
@@ -200,42 +215,15 @@ class Engine:
             if rows > 0 and r.waiting and not self._begin(r, plan):
                 full = r.request.id in self.live  # nobody who waits behind it may overtake it
             elif rows > 0 and r.loading is None and self._room(r, rows, plan):
-                plan.grant(r, min(rows, self.scheduler.want(r, plan)))
+                rows = min(rows, self.scheduler.want(r, plan))
+                if rows:
+                    plan.grant(r, rows)
         if (
             not (plan.granted or plan.running or self._ready or (self.shelf and self.shelf.jobs)) and self.live
         ):  # with all memory free, who is first does not fit
             r = min(self.live.values(), key=self.scheduler.key)
             self._ready.append(self._end(r, "error", f"out of KV memory: {r.needs:,} of {self.pool.limit:,} bytes."))
         return plan
-
-    def _begin(self, r: Live, plan: Plan) -> bool:
-        """Gives a request a sequence, which holds what is kept of its prompt, if there is memory for all that it will be fed."""
-        tokens = r.tokens[: r.prompt]
-        length, sequence = self.prefix.find(r.space, tokens) if self.prefix is not None else (0, None)
-        needs = r.outline.more(length if r.outline.chains else 0, len(r.tokens))
-        r.needs = needs + self.adapters.needs(r.request.adapter)
-        while plan.out or not self.scheduler.admit(r, plan, self.pool.free):
-            if plan.out or r.needs <= self.pool.free or not self._evict(r):
-                return False
-        if r.request.adapter:
-            try:
-                r.adapter = self.adapters.load(r.request.adapter).digest
-            except KvloomError as error:
-                self._ready.append(self._end(r, "error", error=str(error)))
-                return False
-        r.sequence = Sequence(r.outline) if sequence is None else sequence
-        r.covered = len(r.tokens)
-        if self.prefix is not None:
-            r.marks = self.prefix.borders(r.space, tokens, r.outline.chains)
-        self.pool.hold(r, r.sequence.storages(), needs)
-        plan.running += 1
-        if r.cached is None:
-            r.cached = length
-            self._counts["prefix_queries"] += r.prompt
-            self._counts["prefix_hits"] += length
-        if self.shelf is not None:
-            self.shelf.fetch(r, (len(tokens) - 1) // self.part * self.part)
-        return True
 
     def _came(self, r: Live, length: int, sequence: Sequence) -> None:
         """A request goes on from what the store had of it."""
@@ -246,47 +234,6 @@ class Engine:
         r.sequence = sequence
         self.prefix.keep(r.space, r.tokens[:length], sequence)
         self.pool.hold(r, sequence.storages(), r.outline.more(length, r.covered))
-
-    def _room(self, r: Live, rows: int, plan: Plan) -> bool:
-        """Makes sure that memory for these rows is promised; others, or `r` itself, give up theirs if need be."""
-        assert r.sequence is not None
-        if r.length + rows <= r.covered:
-            return True
-        upto = min(r.length + QUANTUM, r.prompt + r.limit)
-        needs = r.outline.more(r.length, upto)
-        self.pool.hold(r, r.sequence.storages())
-        while self.pool.free < needs:
-            if self._evict(r):
-                continue
-            others = [x for x in self.live.values() if not x.waiting and x not in plan.granted]
-            victim = self.scheduler.victim(r, plan, others)
-            if victim is r and self.shelf is not None and self.shelf.jobs:
-                return False  # what is being written will give its memory back
-            if victim is r and len(others) == 1 and not plan.granted:
-                why = f"out of KV memory at {r.length} tokens, with {self.pool.limit:,} bytes for all caches."
-                self._ready.append(self._end(r, "error", error=why))
-                return False
-            self._preempt(victim)
-            plan.out.add(victim)
-            plan.running -= 1
-            if victim is r:
-                return False
-        self.pool.promise(r, needs)
-        r.covered = upto
-        return True
-
-    def _evict(self, r: Live) -> bool:
-        """Frees what nobody uses: adapters first, which are read again sooner than a beginning is computed."""
-        busy = {r.request.adapter, *(x.request.adapter for x in self.live.values() if not x.waiting)}
-        return self.adapters.evict(busy) or (self.prefix is not None and self.prefix.evict())
-
-    def _preempt(self, r: Live) -> None:
-        if self.shelf is not None:
-            self.shelf.leave(r)
-        r.sequence, r.covered = None, 0
-        r.preempted += 1
-        self.pool.drop(r)
-        self._counts["preempted"] += 1
 
     def _run(self, plan: Plan) -> list[Output]:
         parts, ends = [], []
@@ -313,7 +260,7 @@ class Engine:
             finish = self._finish(r, token)
             if finish is not None:
                 self._end(r, finish)
-            out.append(Output(r.request.id, token, logprob, top, finish, r.cached or 0))
+            out.append(Output(r.request.id, token, logprob, top, finish, r.cached or 0, squeezed=r.squeezed))
         return out
 
     def _finish(self, r: Live, token: int) -> Finish | None:
@@ -328,22 +275,24 @@ class Engine:
         n = r.length
         if n % self.part and n != r.prompt:
             return
-        answer = n > r.prompt and r.outline.free
-        if self.prefix is not None and n % self.part == 0 and (n in r.marks or answer):
+        answer = n > r.prompt and r.outline.free and not self.scheduler.offline
+        if not r.squeezed and self.prefix is not None and n % self.part == 0 and (n in r.marks or answer):
             kept = self.prefix.keep(r.space, r.tokens[:n], r.sequence)
             if self.shelf is not None and kept is not None:
                 self.shelf.save(r, kept, self._seconds)
         if n <= r.prompt:
-            self.pool.hold(r, r.sequence.storages(), r.outline.more(n, r.covered))
+            self.pool.hold(r, r.sequence.storages(), r.outline.more(n, r.covered) + r.room)
 
     def _end(self, r: Live, finish: Finish, error: str = "") -> Output:
         del self.live[r.request.id]
-        if not r.waiting:
-            if self.shelf is not None:
-                self.shelf.leave(r)
-            self.pool.drop(r)
-            r.sequence = None
-        return Output(r.request.id, finish=finish, cached=r.cached or 0, error=error)
+        if self.shelf is not None:
+            self.shelf.leave(r)
+        self.pool.drop(r)
+        r.sequence = r.parked = None
+        done = self.scheduler.ended(r)
+        if done and self.prefix is not None:
+            self.prefix.forget(r.space, r.tokens[:done])
+        return Output(r.request.id, finish=finish, cached=r.cached or 0, error=error, squeezed=r.squeezed)
 
     def close(self) -> None:
         """Writes what is still to be written to the store."""
@@ -356,5 +305,5 @@ class Engine:
         return {
             "running": len(self.live) - waiting, "waiting": waiting, "kv_bytes": self.pool.used, "kv_limit": self.pool.limit,
             "kept": len(self.prefix) if self.prefix is not None else 0, "adapters": len(self.adapters.resident),
-            "bytes_by_kind": self.pool.kinds(), **self._counts,
+            "bytes_by_kind": self.pool.kinds(), "swap_bytes": self.swap.used if self.swap is not None else 0, **self._counts,
         }  # fmt: skip

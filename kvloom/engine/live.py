@@ -17,7 +17,10 @@ __all__ = ["Live"]
 
 
 class Live:
-    """`tokens`: prompt and answer. `sequence`: None while it waits. `needs`: bytes to begin with."""
+    """`tokens`: prompt and answer. `sequence`: None while it waits; `parked`: then what it held, outside the KV memory.
+
+    `needs`: bytes to begin with. `squeezed`: what it holds was compressed harder than asked for.
+    """
 
     def __init__(self, request: Request, outline: Outline, limit: int, part: int) -> None:
         self.request, self.outline, self.limit, self.part = request, outline, limit, part
@@ -25,9 +28,12 @@ class Live:
         self.prompt = len(self.tokens)
         self.sampler = Sampler(request.sampling, self.tokens)
         self.sequence: Sequence | None = None
+        self.parked: Sequence | None = None
+        self.squeezed = False
         self.needs = 0
         self.cached: int | None = None  # tokens of the prompt that were found when it began
         self.marks: frozenset[int] = frozenset()  # borders at which it is to be kept
+        self.room = 0  # bytes of empty room, beside those forecast, as it began as a fork
         self.covered = 0  # up to which length memory was promised
         self.preempted = 0
         self.adapter = ""  # digest of its adapter, once that was read
@@ -48,7 +54,8 @@ class Live:
     @property
     def length(self) -> int:
         """Tokens fed."""
-        return 0 if self.sequence is None else self.sequence.length
+        held = self.sequence or self.parked
+        return 0 if held is None else held.length
 
     @property
     def pending(self) -> int:

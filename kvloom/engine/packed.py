@@ -147,7 +147,7 @@ class _Update:
             outline, layer = sequence.outline, sequence.layer(at)
             x = hidden[:, a:b] if hidden is not None and layer.recipe.hidden else None
             seen = outline.visible(at, layer.length, b - a)
-            logits = Logits(scale, softcap, outline.rope)
+            logits = outline.logits.setdefault(at, Logits(scale, softcap, outline.rope))
             slow.append((sequence, a, b, logits))
             forwards.append(layer.forward(q[:, a:b], self.k[:, a:b], self.v[:, a:b], logits, seen, sinks, x))
         out = torch.empty(

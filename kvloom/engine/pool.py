@@ -55,6 +55,10 @@ class Pool:
         del self._held[holder], self._promises[holder]
         return self.free - before
 
+    def alone(self, holder: Hashable) -> set[int]:
+        """Addresses of the storages that only this holder has."""
+        return {storage[0] for storage in self._held.get(holder, ()) if self._holders[storage] == 1}
+
     @property
     def holders(self) -> int:
         """How many hold something or were promised it."""

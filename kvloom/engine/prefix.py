@@ -32,6 +32,7 @@ class Prefix:
         self._root = _Node(None, None)
         self._clock = count(1)
         self._kept: dict[_Node, None] = {}
+        self.changes = 0  # how often something was kept or forgotten
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -68,6 +69,10 @@ class Prefix:
         kept.used = next(self._clock)
         return length, kept.sequence.fork()
 
+    def length(self, space: Hashable, tokens: List[int]) -> int:
+        """How long the longest beginning is that is kept."""
+        return max((border for border, node in self._walk(space, tokens) if node.sequence is not None), default=0)
+
     def borders(self, space: Hashable, tokens: List[int], chains: bool) -> frozenset[int]:
         """The borders of a prompt at which it should be kept."""
         last = self._last(tokens)
@@ -83,6 +88,7 @@ class Prefix:
             return None
         node.sequence, node.used = sequence.fork(), next(self._clock)
         self._kept[node] = None
+        self.changes += 1
         self.pool.hold(node, node.sequence.storages())
         return node.sequence
 
@@ -94,9 +100,16 @@ class Prefix:
         self._forget(min(leaves, key=lambda node: node.used))
         return True
 
+    def forget(self, space: Hashable, tokens: List[int]) -> None:
+        """Forgets what is kept of exactly these tokens."""
+        for border, node in list(self._walk(space, [*tokens, -1])):
+            if border == len(tokens) and node.sequence is not None:
+                self._forget(node)
+
     def _forget(self, node: _Node) -> None:
         node.sequence = None
         del self._kept[node]
+        self.changes += 1
         self.pool.drop(node)
         while node.parent is not None and not node.children and node.sequence is None:
             del node.parent.children[node.key]

@@ -87,7 +87,8 @@ class Output:
     """What one step gave one request: a token, or the end, or both.
 
     `cached`: tokens of the prompt that were found in the cache. `logprob`, `top`: only if asked for. `error`: why, in a
-    sentence, if `finish` is "error".
+    sentence, if `finish` is "error". `squeezed`: memory was short, and the cache was compressed harder than asked for before this
+    token or an earlier one.
     """
 
     id: str
@@ -97,3 +98,4 @@ class Output:
     finish: Finish | None = None
     cached: int = 0
     error: str = ""
+    squeezed: bool = False

@@ -1,4 +1,4 @@
-"""Who goes next, with how many rows, and who makes room. A policy is a class with five hooks; the engine runs the loop."""
+"""Who goes next, with how many rows, and who makes room. A policy is a class with a few hooks; the engine runs the loop."""
 
 from __future__ import annotations
 
@@ -6,19 +6,28 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kvloom.engine.live import Live
+from kvloom.engine.pace import Pace
+from kvloom.engine.prefix import Prefix
+from kvloom.errors import RequestError
 
 __all__ = ["FCFS", "Plan", "Sarathi", "Scheduler"]
 
-Preempt = Literal["recompute", "swap"]
+LEAST = 16  # rows of a prompt that are worth a step
+Preempt = Literal["recompute", "swap", "squeeze"]
 
 
 @dataclass
 class Plan:
-    """A step in the making: `granted` rows of each request, `rows` in all, those of prompts among them."""
+    """A step in the making: `granted` rows of each request, `rows` in all, those of prompts among them.
+
+    `context`: tokens that decoding requests see; `pairs`: of a row of a prompt and what it sees.
+    """
 
     granted: dict[Live, int] = field(default_factory=dict)
     rows: int = 0
     prompt_rows: int = 0
+    context: int = 0
+    pairs: int = 0
     running: int = 0  # requests that hold a sequence
     out: set[Live] = field(default_factory=set)  # who gave its sequence up in this step
 
@@ -26,7 +35,21 @@ class Plan:
         """Gives a request rows of this step."""
         self.granted[r] = rows
         self.rows += rows
-        self.prompt_rows += rows if r.reading else 0
+        if r.reading:
+            self.prompt_rows += rows
+            self.pairs += pairs(r.length, rows)
+        else:
+            self.context += r.length
+
+    @property
+    def load(self) -> tuple[int, int, int, int]:
+        """What the step takes its time for; see `Pace`."""
+        return self.rows - self.prompt_rows, self.context, self.prompt_rows, self.pairs
+
+
+def pairs(length: int, rows: int) -> int:
+    """Of a row behind `length` tokens and what it sees."""
+    return rows * length + rows * rows // 2
 
 
 class Scheduler:
@@ -35,10 +58,17 @@ class Scheduler:
     Args:
         rows: new tokens of a step, of all requests together.
         most: requests that hold a sequence at once.
+        mode: what becomes of a sequence whose memory is needed: given up and fed again, swapped out, or compressed harder.
     """
 
-    def __init__(self, rows: int = 512, most: int = 1024) -> None:
-        self.rows, self.most = rows, most
+    switches = False  # whether a request may begin in a step in which another one gave up its sequence
+    offline = (
+        False  # whether all requests are known: then nothing is kept but what `borders` says, as long as somebody runs
+    )
+
+    def __init__(self, rows: int = 512, most: int = 1024, mode: Preempt = "recompute") -> None:
+        self.rows, self.most, self.mode = rows, most, mode
+        self.prefix: Prefix | None = None  # the beginnings that are kept, once it is an engine's
 
     def key(self, r: Live) -> tuple[Any, ...]:
         """The order in which requests are asked what they want; less goes first."""
@@ -59,9 +89,24 @@ class Scheduler:
         """Who gives up its sequence so that `r` can go on; may be `r`. `live`: those that hold one and are not in the plan."""
         return max(live, key=lambda x: (x.request.priority, x.request.arrival))
 
+    def borders(self, r: Live, borders: frozenset[int]) -> frozenset[int]:
+        """At which of its borders the beginning of a prompt is kept."""
+        return borders
+
+    def ran(self, plan: Plan, seconds: float) -> None:
+        """A step took so long."""
+
+    def ended(self, r: Live) -> int:
+        """A request has come to its end. Returns how long the beginning of its prompt is that nobody will ask for again; 0: none."""
+        return 0
+
+    def displace(self, r: Live, plan: Plan, live: list[Live]) -> Live | None:
+        """Who gives up its sequence so that `r`, which waits, can begin; None: nobody."""
+        return None
+
     def preempt(self, r: Live) -> Preempt:
-        """How."""
-        return "recompute"
+        """How. What can't be done, such as to swap without a swap area or to squeeze twice, is "recompute"."""
+        return "swap" if self.mode == "squeeze" and r.squeezed else self.mode
 
 
 class FCFS(Scheduler):
@@ -76,12 +121,36 @@ class Sarathi(Scheduler):
 
     Args:
         rows: tokens of a step at most.
-        stall: a step with prompts in it may take so many times as long as one without; prompts get fewer rows then. None: no bound.
+        stall: a step with prompts in it may take so many times as long as it would without; prompts get fewer rows then, as many as
+            steps so far say. None: no bound. Where prompts are cut at fixed parts, one part is the least.
     """
 
-    def __init__(self, rows: int = 512, most: int = 1024, stall: float | None = None) -> None:
-        super().__init__(rows, most)
-        self.stall = stall
+    def __init__(
+        self, rows: int = 512, most: int = 1024, mode: Preempt = "recompute", stall: float | None = None
+    ) -> None:
+        super().__init__(rows, most, mode)
+        if stall is not None and not stall > 1:
+            raise RequestError(f"stall={stall!r} must be more than 1, or None: prompts take time.")
+        self.stall, self.pace = stall, Pace()
 
     def key(self, r: Live) -> tuple[Any, ...]:
         return (r.waiting, r.reading, r.request.priority, r.request.arrival)
+
+    def want(self, r: Live, plan: Plan) -> int:
+        rows = super().want(r, plan)
+        decoding, context, *_ = plan.load
+        if self.stall is None or not r.reading or not decoding or not rows:
+            return rows
+        if not self.pace.known:
+            return min(rows, LEAST) if r.outline.free else rows
+        allowed = self.stall * self.pace.seconds((decoding, context, 0, 0))
+        least = 0 if plan.prompt_rows else min(rows, LEAST) if r.outline.free else rows
+        while rows > least and allowed < self.pace.seconds(
+            (decoding, context, plan.prompt_rows + rows, plan.pairs + pairs(r.length, rows))
+        ):
+            rows = max(least, rows * 7 // 8) if r.outline.free and rows > LEAST else least
+        return rows
+
+    def ran(self, plan: Plan, seconds: float) -> None:
+        if self.stall is not None:
+            self.pace.note(plan.load, seconds)

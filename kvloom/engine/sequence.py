@@ -16,11 +16,13 @@ from kvloom.core.attention import Logits, Visible, job
 from kvloom.core.blocks import rowwise
 from kvloom.core.forecast import forecast
 from kvloom.core.group import Group
+from kvloom.core.harder import harder
 from kvloom.core.kind import Kind
 from kvloom.core.layer import Layer
 from kvloom.core.recipe import Policy, Recipe
 from kvloom.core.registry import parse
 from kvloom.core.rope import Rope
+from kvloom.core.run import ROOM
 from kvloom.core.site import Site
 from kvloom.core.view import sites_of, text_config
 from kvloom.errors import ModelError, RecipeError
@@ -77,7 +79,19 @@ class Outline:
         self.free = rowwise(self.recipe) and not self.windows
         self.chains = not self.recipe.policy and not self.windows
         self.part, self._known = part, dict[int, int]()
+        self.logits: dict[int, Logits] = {}  # how each layer attends, once it has
         self._row = sum(s.kv_heads * (s.key_dim + s.value_dim) * s.itemsize for s in sites.values())
+
+        self._tail = sum(  # what waits, exact, until enough of it can be encoded
+            (tail.every - 1) * heads * dim * site.itemsize
+            for site in managed
+            for kind in self.recipe.kinds.values()
+            for codec, tail, (heads, dim) in (
+                (kind.key, kind.key_tail, kind.shape(site, "key")),
+                (kind.value, kind.value_tail, kind.shape(site, "value")),
+            )
+            if not codec.exact
+        )
 
     def nbytes(self, tokens: int) -> int:
         """Bytes, empty room included, that a sequence of so many tokens holds at most, as far as can be told before."""
@@ -89,13 +103,18 @@ class Outline:
             for site, recipe in self.layers:
                 if recipe is not self.recipe:
                     held += forecast(recipe, [site], n)
-            self._known[n] = sum(x.nbytes for x in held)
+            self._known[n] = sum(x.nbytes for x in held) + self._tail
         return self._known[n] if n else 0
 
     def more(self, start: int, stop: int) -> int:
         """Bytes that a sequence of `start` tokens may need to grow to `stop`, with what it drops at the end of each part."""
         passing = 0 if self.chains else min(self.part, stop - start) * self._row
         return max(0, self.nbytes(stop) - self.nbytes(start)) + passing
+
+    @property
+    def room(self) -> int:
+        """Bytes of empty room in what a fork adds to."""
+        return ROOM * self._row
 
     def visible(self, layer: int, start: int, m: int) -> Visible | None:
         """What rows [start, start + m) of a text see in this layer, where it is more than causal."""
@@ -195,6 +214,16 @@ class Sequence:
     def fork(self) -> Sequence:
         """Another sequence of the same text."""
         return Sequence(self.outline, [self.layer(i).fork() for i in range(len(self.layers))])
+
+    def squeezed(self, outline: Outline) -> Sequence:
+        """The same text under a stricter recipe, as far as what is held allows. This sequence is used up."""
+        layers = []
+        for i, (_, recipe) in enumerate(outline.layers):
+            layer = self.layer(i)
+            if layer.recipe is self.outline.recipe:
+                layer = harder(layer, recipe, replace(self.outline.logits[layer.site.layer], rope=outline.rope))
+            layers.append(layer)
+        return Sequence(outline, layers)
 
     def storages(self) -> Iterator[tuple[int, int, str]]:
         """(address, bytes, class) of every storage held, some more than once."""
