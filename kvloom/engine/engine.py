@@ -151,13 +151,14 @@ class Engine(Memory):
                     f"adapter={request.adapter!r}: {outline.recipe.name} makes keys and values of layer inputs with the model's own "
                     "weights. Ask for a recipe that stores them, such as kivi."
                 )
+        spare = there - (0 if self.prefix is None else outline.copied)
         needs = outline.more(0, n + (asked or 1))
-        if needs > there:
+        if needs > spare:
             raise RequestError(
-                f"{n} tokens of prompt need {needs:,} bytes of KV memory, more than all there is ({there:,}). "
+                f"{n} tokens of prompt need {needs:,} bytes of KV memory, more than all there is ({spare:,}). "
                 "Send less, or serve with more memory or a recipe that keeps less."
             )
-        while asked is None and limit > 1 and outline.more(0, n + limit) > there:
+        while asked is None and limit > 1 and outline.more(0, n + limit) > spare:
             limit //= 2
         return limit
 
@@ -233,7 +234,8 @@ class Engine(Memory):
             r.cached = length
         r.sequence = sequence
         self.prefix.keep(r.space, r.tokens[:length], sequence)
-        self.pool.hold(r, sequence.storages(), r.outline.more(length, r.covered))
+        r.shares = True
+        self.pool.hold(r, sequence.storages(), r.growth(length, r.covered))
 
     def _run(self, plan: Plan) -> list[Output]:
         parts, ends = [], []
@@ -273,15 +275,17 @@ class Engine(Memory):
         """Keeps what was fed, at borders, and reports what a prompt takes so far."""
         assert r.sequence is not None
         n = r.length
+        r.shares = False
         if n % self.part and n != r.prompt:
             return
         answer = n > r.prompt and r.outline.free and not self.scheduler.offline
         if not r.squeezed and self.prefix is not None and n % self.part == 0 and (n in r.marks or answer):
             kept = self.prefix.keep(r.space, r.tokens[:n], r.sequence)
+            r.shares = True
             if self.shelf is not None and kept is not None:
                 self.shelf.save(r, kept, self._seconds)
-        if n <= r.prompt:
-            self.pool.hold(r, r.sequence.storages(), r.outline.more(n, r.covered) + r.room)
+        if n <= r.prompt or r.shares:
+            self.pool.hold(r, r.sequence.storages(), r.growth(n, r.covered))
 
     def _end(self, r: Live, finish: Finish, error: str = "") -> Output:
         del self.live[r.request.id]

@@ -33,7 +33,7 @@ class Live:
         self.needs = 0
         self.cached: int | None = None  # tokens of the prompt that were found when it began
         self.marks: frozenset[int] = frozenset()  # borders at which it is to be kept
-        self.room = 0  # bytes of empty room, beside those forecast, as it began as a fork
+        self.shares = False  # whether it is a fork that has not grown since, or was forked
         self.covered = 0  # up to which length memory was promised
         self.preempted = 0
         self.adapter = ""  # digest of its adapter, once that was read
@@ -76,6 +76,11 @@ class Live:
     def space(self) -> Hashable:
         """What has to be equal, besides tokens, for what is kept to serve."""
         return (self.outline, self.request.adapter, self.request.salt)
+
+    def growth(self, start: int, stop: int) -> int:
+        """Bytes that it may take to grow from one length to another."""
+        fork = (self.outline.copied or self.outline.room) if self.shares else 0
+        return self.outline.more(start, max(start, stop)) + fork
 
     def rows(self, room: int) -> int:
         """How many tokens to feed next, where `room` would be welcome.

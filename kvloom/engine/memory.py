@@ -53,9 +53,8 @@ class Memory:
             back = 0
         if sequence is not None:
             self.pool.hold(r, sequence.storages())  # so that no other one's leaving takes it away
-        more = r.outline.more(length if r.parked or r.outline.chains else 0, len(r.tokens))
-        r.room = r.outline.room if sequence is not None and r.outline.chains else 0
-        more += r.room
+        r.shares = length > 0 and r.parked is None
+        more = r.growth(length if r.parked or r.outline.chains else 0, len(r.tokens))
         r.needs = back + more + self.adapters.needs(r.request.adapter)
         while not self.scheduler.admit(r, plan, self.pool.free):
             kept = self.scheduler.offline and plan.running
@@ -116,7 +115,7 @@ class Memory:
             return True
         upto = min(r.length + QUANTUM, r.prompt + r.limit)
         self.pool.hold(r, r.sequence.storages())
-        while self.pool.free < (needs := r.outline.more(r.length, upto) + r.room):
+        while self.pool.free < (needs := r.growth(r.length, upto)):
             if self._spare(r):
                 continue
             others = [x for x in self.live.values() if not x.waiting and x not in plan.granted]

@@ -19,6 +19,7 @@ from kvloom.core.group import Group
 from kvloom.core.harder import harder
 from kvloom.core.kind import Kind
 from kvloom.core.layer import Layer
+from kvloom.core.plane import SMALL
 from kvloom.core.recipe import Policy, Recipe
 from kvloom.core.registry import parse
 from kvloom.core.rope import Rope
@@ -110,6 +111,11 @@ class Outline:
         """Bytes that a sequence of `start` tokens may need to grow to `stop`, with what it drops at the end of each part."""
         passing = 0 if self.chains else min(self.part, stop - start) * self._row
         return max(0, self.nbytes(stop) - self.nbytes(start)) + passing
+
+    @property
+    def copied(self) -> int:
+        """Bytes that a fork takes at most when it grows: a short last run is shared no longer."""
+        return SMALL * self._row if self.part < SMALL else 0
 
     @property
     def room(self) -> int:
