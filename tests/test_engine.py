@@ -139,7 +139,9 @@ def test_company_changes_nothing(recipe: str, scheduler: Sarathi | FCFS) -> None
     assert list(run(engine, again).values()) == want
     assert engine.stats()["prefix_hits"] > 0
     needs = max(engine.outline("").more(0, len(r.tokens) + 20) for r in requests)
-    tight = Engine(model, recipe, part=16, scheduler=scheduler, memory=int(needs * 1.5))
+    tight = Engine(
+        model, recipe, part=16, scheduler=scheduler, memory=int(needs * 1.5) + engine.outline("").copied(100)
+    )
     assert list(run(tight, [Request(r.tokens, r.sampling) for r in requests]).values()) == want
     assert tight.pool.used <= tight.pool.limit
 
@@ -272,7 +274,8 @@ class Machine(RuleBasedStateMachine):
     def begin(self, recipe: str, room: float, keep: bool) -> None:
         self.model, self.recipe = subject("llama"), recipe
         self.engine = Engine(self.model, recipe, part=16, scheduler=Sarathi(rows=32), keep=keep)
-        self.engine.pool.limit = int(self.engine.outline("").more(0, 100) * room)
+        outline = self.engine.outline("")
+        self.engine.pool.limit = int(outline.more(0, 100) * room) + outline.copied(60)
         self.texts = texts(4, 60)
         self.asked: dict[str, Request] = {}
         self.got: dict[str, list[int]] = {}

@@ -151,7 +151,7 @@ class Engine(Memory):
                     f"adapter={request.adapter!r}: {outline.recipe.name} makes keys and values of layer inputs with the model's own "
                     "weights. Ask for a recipe that stores them, such as kivi."
                 )
-        spare = there - (0 if self.prefix is None else outline.copied)
+        spare = there - (0 if self.prefix is None else outline.copied(n))
         needs = outline.more(0, n + (asked or 1))
         if needs > spare:
             raise RequestError(

@@ -79,7 +79,7 @@ class Live:
 
     def growth(self, start: int, stop: int) -> int:
         """Bytes that it may take to grow from one length to another."""
-        fork = (self.outline.copied or self.outline.room) if self.shares else 0
+        fork = (self.outline.copied(start) or self.outline.room) if self.shares else 0
         return self.outline.more(start, max(start, stop)) + fork
 
     def rows(self, room: int) -> int:

@@ -112,10 +112,9 @@ class Outline:
         passing = 0 if self.chains else min(self.part, stop - start) * self._row
         return max(0, self.nbytes(stop) - self.nbytes(start)) + passing
 
-    @property
-    def copied(self) -> int:
-        """Bytes that a fork takes at most when it grows: a short last run is shared no longer."""
-        return SMALL * self._row if self.part < SMALL else 0
+    def copied(self, tokens: int) -> int:
+        """Bytes that a fork of so many tokens takes at most when it grows: a short last run is shared no longer."""
+        return min(SMALL, tokens) * self._row if self.part < SMALL else 0
 
     @property
     def room(self) -> int:
