@@ -190,7 +190,8 @@ def test_all_are_served_in_little_memory_over_a_faulty_store(seed: int, tmp_path
     """Requests come, leave, make room for others and read, while parts are written: nobody is lost, nothing leaks."""
     draw, texts = random.Random(seed), [text(120, seed=i) for i in range(3)]
     tier = FaultyTier(FileTier(tmp_path), ["delay", "drop"], seed=seed, rate=0.3, on="both", delay=0.03)
-    memory = int(1.5 * fresh(None, KIVI).outline("").more(0, 160))
+    outline = fresh(None, KIVI).outline("")
+    memory = int(1.5 * outline.more(0, 160)) + outline.copied(120)
     with Store(tier, pause=0.0) as store:
         engine = fresh(store, KIVI, memory=memory, deadline=0.5)
         waiting = [

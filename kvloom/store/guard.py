@@ -101,9 +101,11 @@ class Guard:
 
     def close(self) -> None:
         """Lets the threads go and closes the tier. One that is stuck stays so, and does not keep the process alive."""
-        for _ in self._threads:
+        with self._lock:  # else one might be seen that is not started yet
+            threads = list(self._threads)
+        for _ in threads:
             self._jobs.put(None)
-        for thread in self._threads:
+        for thread in threads:
             thread.join(0.5)
         self.tier.close()
 
