@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 from transformers import PreTrainedModel
 
 from kvloom.kernels import native
@@ -60,3 +61,7 @@ def nano() -> tuple[PreTrainedModel, Any]:
     from kvloom.lab.measure import load_model
 
     return load_model("nano")
+
+
+settings.register_profile("kvloom", deadline=None)  # a busy machine is no failure
+settings.load_profile("kvloom")
