@@ -192,7 +192,11 @@ class _Step(Step):
         yield torch.tensor([self.length - 1]), torch.rand(self.heads, 1, 1, table.n)
 
     def blocks(self, table: Table, rows: Tensor, ahead: float = 0.0) -> Iterator[tuple[Tensor, int, Tensor]]:
-        yield torch.tensor([self.length - 1]), 0, torch.rand(self.heads, 1, 1, table.n)
+        yield (
+            torch.tensor([self.length - 1]),
+            0,
+            2 * torch.rand(self.heads, 1, 1, table.n),
+        )  # on both sides of an average
 
     def window(self, table: Table, rows: int) -> Tensor:
         return torch.rand(self.heads, self.site.group, table.n)
