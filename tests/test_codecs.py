@@ -135,7 +135,10 @@ def test_dot_and_mix_equal_decoding_first(codec: Codec, shape: Any, seed: int, s
     q, p = torch.randn(h, 3, dim).to(dtype), torch.rand(h, 3, x.shape[1]).softmax(-1)
     dot, mix = codec.dot(q, block, const, 0.3), codec.mix(p, block, const)
     assert dot.dtype == mix.dtype == torch.float32
-    tolerance = 1e-4 * float(y.abs().max() + 1e-6) * dim
+    close = (
+        1e-4 if dtype == torch.float32 else 4e-4
+    )  # what is decoded is rounded to 16 bits, what is computed on is not
+    tolerance = close * float(y.abs().max() + 1e-6) * dim
     torch.testing.assert_close(dot, 0.3 * q.float() @ y.transpose(1, 2), atol=tolerance, rtol=1e-4)
     torch.testing.assert_close(mix, p @ y, atol=tolerance, rtol=1e-4)
 
